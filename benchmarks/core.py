@@ -12,7 +12,7 @@ from modeling.attention import attention_on
 from modeling.modes import set_modes
 from modeling.modules import Trained
 from training.config import CriticConfig, PolicyConfig, TrainingConfig
-from training.engines import start
+from training.engines import create_engine
 from training.engines.accelerated import AcceleratedEngine
 from training.engines.base import TrainingEngine
 from training.fit import make_optimizer, set_packing
@@ -57,7 +57,7 @@ class Core:
     def __init__(self, config: TrainingConfig, model: Any, wrap: Callable[[Any], Trained]) -> None:
         self.config = config
         dtype = pick_dtype(config)
-        self.engine: TrainingEngine = start(config, dtype)
+        self.engine: TrainingEngine = create_engine(config, dtype)
         self.attention = attention_on(self.engine.device, dtype)
         self.packing = set_packing(config, model)
         set_trainable(model, config.frozen)

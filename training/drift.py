@@ -30,7 +30,7 @@ def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, bud
         owners = [response for row in micro_batch.rows for response in row.responses]
         for response, values in zip(owners, logprobs.split(micro_batch.batch.lengths.tolist()), strict=True):
             found[first[id(response)] :][: len(values)] += values
-    whole = engine.sum(found).numpy()
+    whole = engine.all_reduce(found).numpy()
     for response, values in zip(responses, np.split(whole, starts[1:-1]), strict=True):
         response.tokens["proximal"] = values
     difference = whole - np.concatenate([response.tokens["behaviour"] for response in responses])

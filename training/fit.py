@@ -26,7 +26,7 @@ from modeling.modules import TokenLogprobs, Trained
 from modeling.packing import Packing
 from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
-from training.engines import start
+from training.engines import create_engine
 from training.engines.base import TrainingEngine
 from training.layout import packing_of
 from training.loop import FinalReport, HeldOut, Learning, measure, train
@@ -79,7 +79,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         shapes = tensor_shapes(task.auto, task.model_config)
         if config.parallel.zero == 3:  # under ZeRO-3 transformers' loader does not report missing or unexpected keys
             check_weights(config.model, "causal" if task.auto is AutoModelForCausalLM else "classifier")
-        engine = start(config, dtype)
+        engine = create_engine(config, dtype)
         # Without fp32 master weights in the engine, the weights are fp32 and bf16 is autocast: at the learning rates of
         # preference learning an update is smaller than the last bit of a bf16 weight. With LoRA only the adapters,
         # which are fp32, are updated.
@@ -195,7 +195,7 @@ def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
 
 def _gather(engine: TrainingEngine, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights, in the main process; the engine's fp32 master weights if it has them."""
-    gathered = engine.whole_weights()
+    gathered = engine.gather_weights()
     if engine.master_copies and dtype != torch.float32:
         for name in engine.trained_shapes():
             (weights,) = engine.read(name, ("weights",))

@@ -172,7 +172,7 @@ def train(
 
     log = state.read()
     if log:
-        if engine.needs_a_step_before_write:
+        if engine.needs_step_before_write:
             add_gradients((0,), 0)
         state.restore(log)
     for step, batch in enumerate(batches):
@@ -181,7 +181,7 @@ def train(
         rate = learning_rate(
             step, total, peak=config.learning_rate, shape=config.schedule, warmup_ratio=config.warmup_ratio
         )
-        engine.set_rate(rate)
+        engine.set_learning_rate(rate)
         with _profiled(context, step + 1) if step + 1 in config.profile_steps else nullcontext():
             metrics, decided = add_gradients(batch, step)
             norm = engine.clip(config.max_grad_norm)
@@ -189,7 +189,7 @@ def train(
             _require_finite(norm, step, [rows[index].row_id for index in batch])
             engine.step()
         # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
-        sums = engine.add_up({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
+        sums = engine.all_reduce_metrics({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
         if taken := decided.keys() & sums.keys():
             raise UserError(f"the algorithm's loss and its update both return a metric {min(taken)!r}. Rename one.")
@@ -224,9 +224,9 @@ def measure(
         scores = held_out.scores(engine.forward(micro_batch.batch), micro_batch).float().cpu()
         if micro_batch.weight:
             found[[places[id(row)] for row in micro_batch.rows]] = scores
-    if engine.add_up({"stop": float(stopping.requested())})["stop"] > 0:
+    if engine.all_reduce_metrics({"stop": float(stopping.requested())})["stop"] > 0:
         _leave(engine, state, log)
-    whole = engine.sum(found)
+    whole = engine.all_reduce(found)
     if not whole.isfinite().all():
         bad = [row.row_id for row, values in zip(rows, whole, strict=True) if not values.isfinite().all()]
         raise UserError(
@@ -282,7 +282,7 @@ def _add_gradients(
     """Accumulate the gradients of a step; returns this replica's share of its metrics, and the result of `update`."""
     decided: Statistics = {}
     if learning.statistics is not None:
-        step.statistics.update(engine.add_up(evaluate(engine, micro_batches, learning.statistics)))
+        step.statistics.update(engine.all_reduce_metrics(evaluate(engine, micro_batches, learning.statistics)))
     if learning.update is not None:
         decided = learning.update(step)
     for micro_batch in micro_batches:

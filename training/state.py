@@ -88,7 +88,7 @@ class TrainingState:
                 log = self._read_log()
             elif self._engine.is_main:
                 print(f"{self.path} is damaged; the training starts from its beginning.", file=sys.stderr)
-        agreed = self._engine.add_up({"readers": float(bool(log))})
+        agreed = self._engine.all_reduce_metrics({"readers": float(bool(log))})
         return log if agreed["readers"] == self._engine.replicas else []
 
     def restore(self, log: list[Line]) -> None:

@@ -15,8 +15,8 @@ from reallocation_ranks import status
 
 from modeling.loading import load_causal
 from modeling.modules import TokenLogprobs
-from training.engines.division import local
 from training.engines.native import NativeEngine
+from training.engines.sharding import local_tensor
 from training.launch import leaves_without_teardown
 from training.parallel import ParallelConfig
 from training.slices import WeightSlices
@@ -30,7 +30,7 @@ def prepared(model: Path, parallel: dict[str, Any], *, by_slices: bool) -> tuple
     module = TokenLogprobs(load_causal(model, torch.float32, master=True, empty=by_slices))
     slices = WeightSlices(model) if by_slices else None
     engine.prepare(module, lambda parameters: torch.optim.SGD(parameters, lr=0.1), slices=slices)
-    share = sum(local(part.local).nbytes for part in engine._parts.values() if part.local is not None)
+    share = sum(local_tensor(part.local).nbytes for part in engine._parts.values() if part.local is not None)
     whole = sum(4 * math.prod(part.shape) for part in engine._parts.values())
     return engine, {"grown": status("VmHWM") - before, "share": share, "model": whole}
 
@@ -42,7 +42,7 @@ def main() -> None:
         sliced, memory = prepared(model, json.loads(text), by_slices=True)
         whole, _ = prepared(model, json.loads(text), by_slices=False)
         pairs = [(part.local, whole._parts[name].local) for name, part in sliced._parts.items()]
-        same = [one is other is None or torch.equal(local(one), local(other)) for one, other in pairs]
+        same = [one is other is None or torch.equal(local_tensor(one), local_tensor(other)) for one, other in pairs]
         buffers = [dict(engine._stage.named_buffers()) for engine in (sliced, whole)]
         same += [torch.equal(value, buffers[1][name]) for name, value in buffers[0].items()]
         same.append(list(buffers[0]) == list(buffers[1]) != [])

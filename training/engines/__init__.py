@@ -6,7 +6,7 @@ from training.config import TrainingConfig
 from training.engines.base import TrainingEngine
 
 
-def start(config: TrainingConfig, dtype: torch.dtype) -> TrainingEngine:
+def create_engine(config: TrainingConfig, dtype: torch.dtype) -> TrainingEngine:
     """Create the engine for the config's parallel layout, and join the other processes.
 
     Raises:

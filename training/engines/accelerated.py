@@ -16,7 +16,7 @@ from modeling.loading import Shapes
 from modeling.packing import Packed
 from training.config import TrainingConfig
 from training.engines import zero
-from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
+from training.engines.base import COLLECTIVE_TIMEOUT, Outputs, Share, TrainingEngine, add_shares, node_count
 from training.slices import WeightSlices
 
 
@@ -33,18 +33,19 @@ class AcceleratedEngine(TrainingEngine):
         Raises:
             UserError: the number of processes or the ZeRO stage differs from the config's.
         """
-        self.accelerator = _start(config, dtype)
+        self.accelerator = _create_accelerator(config, dtype)
         self.zero = _zero_stage(self.accelerator)
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.replicas = self.accelerator.num_processes
         self.replica = self.rank
         self.master_copies = self.zero > 0
-        self.needs_a_step_before_write = self.zero > 0
+        self.needs_step_before_write = self.zero > 0
 
     def facts(self) -> dict[str, Any]:
         """The layout as accelerate reports it."""
-        layout = {"dp": self.replicas, "zero": self.zero, "offload": _offloaded(self.accelerator), "nodes": nodes()}
+        offloaded = _offloaded(self.accelerator)
+        layout = {"dp": self.replicas, "zero": self.zero, "offload": offloaded, "nodes": node_count()}
         return {
             "processes": self.world_size,
             "parallel": {"by": f"accelerate: {self.accelerator.distributed_type.value}", **layout},
@@ -74,7 +75,7 @@ class AcceleratedEngine(TrainingEngine):
         metrics: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             beat()
-            with self._exchange(last=number == len(batches) - 1):
+            with self._gradient_sync(last=number == len(batches) - 1):
                 shares = share(self.prepared(batch), number)
                 # DDP and ZeRO average the gradients of the processes; the loss is a sum.
                 self.accelerator.backward(shares["loss"] * self.replicas)
@@ -99,7 +100,7 @@ class AcceleratedEngine(TrainingEngine):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """All-reduce (sum) a tensor."""
         total: Tensor = self.accelerator.reduce(values.to(self.device), "sum")
         return total.cpu()
@@ -108,7 +109,7 @@ class AcceleratedEngine(TrainingEngine):
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
-    def whole_weights(self) -> dict[str, Tensor]:
+    def gather_weights(self) -> dict[str, Tensor]:
         """The state dict; under ZeRO-3 gathered from all processes, on rank 0 only.
 
         accelerate's own function is used under DeepSpeed only: it imports DeepSpeed (2 s) wherever it is installed.
@@ -158,23 +159,23 @@ class AcceleratedEngine(TrainingEngine):
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
             self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
-    def _exchange(self, last: bool) -> Any:
+    def _gradient_sync(self, last: bool) -> Any:
         """Context that reduces gradients (and, under DeepSpeed, clips and steps) for the last micro-batch only."""
         self.accelerator.sync_gradients = last
         return contextlib.nullcontext() if last or self.zero else self.accelerator.no_sync(self.prepared)
 
 
-def _start(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
+def _create_accelerator(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed:
-        _require_no_compiler()
+        _disable_compiled_collective()
     on_cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         # With cpu=True accelerate ignores DeepSpeed; without it and without a named backend, it assumes one process.
         cpu=on_cpu and not deepspeed,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_DEADLINE)
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_TIMEOUT)
         ],
     )
     found, offloaded = _zero_stage(accelerator), _offloaded(accelerator)
@@ -215,7 +216,7 @@ def _offloaded(accelerator: Accelerator) -> list[str]:
     return [name for name in names if (settings.get(f"offload_{name}") or {}).get("device", "none") != "none"]
 
 
-def _require_no_compiler() -> None:
+def _disable_compiled_collective() -> None:
     """Keep DeepSpeed from compiling its shared-memory collective for CPUs (minutes, g++); gloo gives the same bits."""
     import deepspeed
 

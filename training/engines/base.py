@@ -17,7 +17,7 @@ from modeling.packing import Packed
 from training.algorithm import Metrics
 from training.slices import WeightSlices
 
-COLLECTIVE_DEADLINE = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Timeout of a collective."""
 Outputs = dict[str, Tensor]
 """The outputs of a module for a `Packed` batch, for example logprobs [N]."""
@@ -83,7 +83,7 @@ class TrainingEngine(ABC):
     def clip(self, max_norm: float) -> float:
         """Clip the gradients to the global norm `max_norm`; returns the norm before clipping."""
 
-    def set_rate(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step; called before its `accumulate`."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -92,7 +92,7 @@ class TrainingEngine(ABC):
     def step(self) -> None:
         """One optimizer step; gradients are zero afterwards."""
 
-    def add_up(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def all_reduce_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """All-reduce metrics over the replicas: floats for scalars, CPU tensors for vectors.
 
         All replicas must pass the same names in the same order.
@@ -100,7 +100,7 @@ class TrainingEngine(ABC):
         if not metrics:
             return {}
         values = [torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in metrics.values()]
-        whole = self.sum(torch.cat([value.flatten() for value in values]))
+        whole = self.all_reduce(torch.cat([value.flatten() for value in values]))
         sums = whole.split([value.numel() for value in values])
         return {
             name: found if value.ndim else found.item()
@@ -108,7 +108,7 @@ class TrainingEngine(ABC):
         }
 
     @abstractmethod
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """All-reduce (sum) a tensor over the replicas; the result is on the CPU."""
 
     @abstractmethod
@@ -116,12 +116,12 @@ class TrainingEngine(ABC):
         """Wait for all processes."""
 
     @abstractmethod
-    def whole_weights(self) -> dict[str, Tensor]:
+    def gather_weights(self) -> dict[str, Tensor]:
         """Gather all weights of the module by name, unsharded; only valid in the main process."""
 
     # Saving and restoring the training state: unsharded fp32 tensors of each trained parameter.
 
-    needs_a_step_before_write: bool = False
+    needs_step_before_write: bool = False
     """Whether `write` needs a previous optimizer step (whose result it overwrites)."""
     master_copies: bool = False
     """Whether the engine keeps fp32 master weights itself, so that the model is loaded in the training dtype."""
@@ -146,7 +146,7 @@ class TrainingEngine(ABC):
         """Replace master weights and moments of a parameter by unsharded tensors, as of step `steps`."""
 
 
-def nodes() -> int:
+def node_count() -> int:
     """The number of nodes, from torch's launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 

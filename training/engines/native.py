@@ -33,15 +33,23 @@ from contracts.errors import UserError
 from modeling.loading import Shapes
 from modeling.packing import Packed
 from reallocation.layouts import GlobalTensor, LocalPart, layer_bounds, part_of
-from training.engines.base import COLLECTIVE_DEADLINE, Outputs, Share, TrainingEngine, add_shares, nodes
-from training.engines.division import COLUMNS, OF_ONE_HEAD, ROWS, DividedParameter, all_gather, divisions, local
-from training.engines.pipeline import Passed, Received, StageModule
-from training.engines.sequence import NAME as SPREAD
-from training.engines.sequence import Sequences
+from training.engines.base import COLLECTIVE_TIMEOUT, Outputs, Share, TrainingEngine, add_shares, node_count
+from training.engines.pipeline import ReceivedHiddenStates, SkippedLayer, StageModule
+from training.engines.sequence import NAME as SEQUENCE_PARALLEL
+from training.engines.sequence import SequenceParallelGroup
+from training.engines.sharding import (
+    COLUMN_PARALLEL,
+    HEAD_NORMS,
+    ROW_PARALLEL,
+    ShardedParameter,
+    all_gather,
+    local_tensor,
+    sharded_dims,
+)
 from training.parallel import ParallelConfig
 from training.slices import WeightSlices
 
-WAVE = 4
+FORWARD_MICRO_BATCHES = 4
 """Micro-batches per pipeline stage in one forward-only schedule; each needs its own buffers."""
 
 
@@ -65,7 +73,7 @@ class NativeEngine(TrainingEngine):
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         if not dist.is_initialized():
             alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group(backend, timeout=COLLECTIVE_DEADLINE, **alone)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **alone)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size != parallel.processes:
             raise UserError(
@@ -75,34 +83,34 @@ class NativeEngine(TrainingEngine):
         names = ("pp", "data", "tp")
         shape = (parallel.pp, parallel.dp * parallel.sp, parallel.tp)
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        self._stage_number, self._data_number, self._slice_number = (self._mesh.get_local_rank(name) for name in names)
-        self.replica = self._data_number // parallel.sp
+        self._stage_number, self._data_rank, self._tensor_rank = (self._mesh.get_local_rank(name) for name in names)
+        self.replica = self._data_rank // parallel.sp
         self._groups = {name: self._mesh.get_group(name) for name in names}
         self._parallel = parallel
         self._dtype = dtype
         self._sharded = parallel.zero == "fsdp2"
         self.replicas = parallel.dp
-        self._last = self._stage_number == parallel.pp - 1
+        self._is_last = self._stage_number == parallel.pp - 1
         firsts_and_lasts = [
             [self._rank_of(0, data, part), self._rank_of(-1, data, part)]
             for data, part in itertools.product(range(shape[1]), range(parallel.tp))
         ]
-        self._ends = self._group(firsts_and_lasts) if parallel.pp > 1 else None
+        self._tied_head_group = self._create_groups(firsts_and_lasts) if parallel.pp > 1 else None
         sharing = [
             [self._rank_of(stage, replica * parallel.sp + number, part) for number in range(parallel.sp)]
             for stage, replica, part in itertools.product(range(parallel.pp), range(parallel.dp), range(parallel.tp))
         ]
-        self._sequences = Sequences(self._group(sharing)) if parallel.sp > 1 else None
+        self._sequence_group = SequenceParallelGroup(self._create_groups(sharing)) if parallel.sp > 1 else None
         self._schedules: dict[bool, tuple[tuple[int, int], Any]] = {}
         self._width = 0
-        self._exchanged = True
+        self._gradients_reduced = True
 
     def _rank_of(self, stage: int, data: int, part: int) -> int:
         return int(self._mesh.mesh[stage, data, part])
 
-    def _group(self, members: list[list[int]]) -> Any:
+    def _create_groups(self, members: list[list[int]]) -> Any:
         """Create all groups, as every process must, and return the one that this process belongs to, if any."""
-        groups = [dist.new_group(ranks, timeout=COLLECTIVE_DEADLINE) for ranks in members]
+        groups = [dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT) for ranks in members]
         return next((group for group, ranks in zip(groups, members, strict=True) if self.rank in ranks), None)
 
     # Sharding the model
@@ -123,39 +131,40 @@ class NativeEngine(TrainingEngine):
         self._buffers = {name: value for name, value in module.state_dict().items() if name not in known}
         self._hidden_size = int(whole.model.config.get_text_config().hidden_size)
         hidden_dtype = self._dtype if self._sharded else backbone.embed_tokens.weight.dtype
-        received = self._cut(module, backbone)
+        received = self._drop_other_stages(module, backbone)
         if slices is None:
             module.to(self.device)
         else:
             module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         mine = backbone.layers[self._layers[self._stage_number] : self._layers[self._stage_number + 1]]
         if self._parallel.tp > 1:
-            plan = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+            columns = {name: ColwiseParallel() for name in COLUMN_PARALLEL}
+            rows = {name: RowwiseParallel() for name in ROW_PARALLEL}
             for layer in mine:
-                parallelize_module(layer, self._mesh["tp"], plan)
+                parallelize_module(layer, self._mesh["tp"], columns | rows)
         casts = self._dtype != torch.float32
         autocast = self._dtype if casts and not self._sharded else None
-        self._stage = StageModule(module, received, self._last, self._sequences, hidden_dtype, autocast)
-        if self._sequences is not None:
-            whole.model.config.get_text_config()._attn_implementation = SPREAD
-            whole.model.config._attn_implementation = SPREAD
+        self._stage = StageModule(module, received, self._is_last, self._sequence_group, hidden_dtype, autocast)
+        if self._sequence_group is not None:
+            whole.model.config.get_text_config()._attn_implementation = SEQUENCE_PARALLEL
+            whole.model.config._attn_implementation = SEQUENCE_PARALLEL
         if self._sharded:
             self._shard(mine, casts)
         unread = self._allocate() if slices is not None else set()
         for part in self._parts.values():
             if self._stage_number in part.stages:
-                part.local = self._find(part)
+                part.local = self._find_parameter(part)
         self._require_layout()
         for part in self._parts.values():
             if slices is not None and part.local is not None and part.local in unread:
-                slices.read(part.names, self._local_part(part), local(part.local))
-        size = sum(local(part.local).numel() for part in self._parts.values() if part.local is not None)
+                slices.read(part.names, self._local_part(part), local_tensor(part.local))
+        size = sum(local_tensor(part.local).numel() for part in self._parts.values() if part.local is not None)
         most = torch.tensor(size, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        self._most = int(most)
+        self._largest_shard = int(most)
         self.optimizer = make_optimizer([part.local for part in self._trained() if part.local is not None])
 
-    def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, DividedParameter]:
+    def _list_parts(self, module: nn.Module, backbone: Any) -> dict[str, ShardedParameter]:
         prefix = next(name for name, each in module.named_modules() if each is backbone)
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -163,7 +172,7 @@ class NativeEngine(TrainingEngine):
         parts = {}
         for parameter, found in names.items():
             stages = sorted({self._stage_of(name.removeprefix(f"{prefix}.")) for name in found})
-            part = DividedParameter(found, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, stages)
+            part = ShardedParameter(found, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, stages)
             if found[0].startswith(f"{prefix}.layers."):
                 part.layer_name = found[0].removeprefix(f"{prefix}.layers.").split(".", 1)[1]
             parts[found[0]] = part
@@ -178,7 +187,7 @@ class NativeEngine(TrainingEngine):
         layer = int(name.split(".")[1])
         return next(stage for stage, end in enumerate(self._layers[1:]) if layer < end)
 
-    def _cut(self, module: nn.Module, backbone: Any) -> Received | None:
+    def _drop_other_stages(self, module: nn.Module, backbone: Any) -> ReceivedHiddenStates | None:
         """Remove the layers of other pipeline stages; transformers' forward runs the remaining ones."""
         if self._parallel.pp == 1:
             return None
@@ -186,10 +195,10 @@ class NativeEngine(TrainingEngine):
         received = None
         for number in range(len(backbone.layers)):
             if not start <= number < end:
-                backbone.layers[number] = Passed()
+                backbone.layers[number] = SkippedLayer()
         if self._stage_number > 0:
-            backbone.embed_tokens = received = Received()
-        if not self._last:
+            backbone.embed_tokens = received = ReceivedHiddenStates()
+        if not self._is_last:
             backbone.norm = nn.Identity()
             inside = set(backbone.modules())
             for each in module.modules():
@@ -228,18 +237,18 @@ class NativeEngine(TrainingEngine):
             self._stage._apply(lambda tensor: tensor)  # makes FSDP2 look up its parameters again
         return set(made.values())
 
-    def _local_part(self, part: DividedParameter) -> LocalPart:
+    def _local_part(self, part: ShardedParameter) -> LocalPart:
         """Describe this process's shard of a parameter: the one that `_slice` cuts out of the unsharded tensor."""
         cut = None
         if self._parallel.tp > 1 and part.tensor_dim is not None:
             width = part.shape[part.tensor_dim] // self._parallel.tp
-            cut = (part.tensor_dim, self._slice_number * width, (self._slice_number + 1) * width)
+            cut = (part.tensor_dim, self._tensor_rank * width, (self._tensor_rank + 1) * width)
         tensor = GlobalTensor(part.names[0], "F32", part.shape)
         if not self._sharded:
             return part_of(tensor, cut)
-        return part_of(tensor, cut, sharding="rows", shards=self._mesh["data"].size(), shard=self._data_number)
+        return part_of(tensor, cut, sharding="rows", shards=self._mesh["data"].size(), shard=self._data_rank)
 
-    def _find(self, part: DividedParameter) -> nn.Parameter:
+    def _find_parameter(self, part: ShardedParameter) -> nn.Parameter:
         for name in part.names:
             owner, _, attribute = name.rpartition(".")
             with contextlib.suppress(AttributeError):
@@ -258,8 +267,8 @@ class NativeEngine(TrainingEngine):
             if part.local is None:
                 continue
             expected = tuple(self._slice(part, torch.empty(part.shape, device="meta")).shape)
-            found = tuple(local(part.local).shape)
-            divided = {(dim, number) for dim, number in divisions(part.local)}
+            found = tuple(local_tensor(part.local).shape)
+            divided = {(dim, number) for dim, number in sharded_dims(part.local)}
             wanted = {("data", 0)} if self._sharded else set()
             if self._parallel.tp > 1 and part.tensor_dim is not None:
                 wanted.add(("tp", part.tensor_dim))
@@ -276,9 +285,9 @@ class NativeEngine(TrainingEngine):
             "parallel": {
                 "by": "torch",
                 **self._parallel.model_dump(),
-                "nodes": nodes(),
+                "nodes": node_count(),
                 "layers_by_stage": [end - start for start, end in itertools.pairwise(self._layers)],
-                "parameters_per_process": self._most,
+                "parameters_per_process": self._largest_shard,
             },
         }
 
@@ -292,13 +301,13 @@ class NativeEngine(TrainingEngine):
             found.append(outputs)
             return torch.zeros((), device=self.device)
 
-        self._pass([batch], keep)
-        outputs = found[0] if self._last else {}
+        self._run_without_gradients([batch], keep)
+        outputs = found[0] if self._is_last else {}
         if self._parallel.pp == 1:
             return outputs
-        shapes = self._tell({name: (tuple(value.shape), value.dtype) for name, value in outputs.items()})
+        shapes = self._broadcast({name: (tuple(value.shape), value.dtype) for name, value in outputs.items()})
         for name, (shape, dtype) in shapes.items():
-            value = outputs[name].contiguous() if self._last else torch.empty(shape, dtype=dtype, device=self.device)
+            value = outputs[name].contiguous() if self._is_last else torch.empty(shape, dtype=dtype, device=self.device)
             dist.broadcast(value, group=self._groups["pp"], group_src=self._parallel.pp - 1)
             outputs[name] = value
         return outputs
@@ -311,20 +320,20 @@ class NativeEngine(TrainingEngine):
             add_shares(metrics, share(outputs, number))
             return torch.zeros((), device=self.device)
 
-        self._pass(batches, measure)
-        return self._agree(metrics)
+        self._run_without_gradients(batches, measure)
+        return self._broadcast_metrics(metrics)
 
     @torch.no_grad()
-    def _pass(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
+    def _run_without_gradients(self, batches: Sequence[Packed], finish: Callable[[Outputs, int], Tensor]) -> None:
         """Run micro-batches without gradients, and call `finish` with the outputs of each in the last stage."""
-        several = 1 if self._parallel.pp == 1 else WAVE * self._parallel.pp
-        for start in range(0, len(batches), several):
-            self._stage.batches = batches[start : start + several]
+        chunk = 1 if self._parallel.pp == 1 else FORWARD_MICRO_BATCHES * self._parallel.pp
+        for start in range(0, len(batches), chunk):
+            self._stage.batches = batches[start : start + chunk]
             self._stage.start, self._stage.finish = start, finish
             if self._parallel.pp == 1:
                 self._stage(number=0)
             else:
-                self._run(len(self._stage.batches), trains=False)
+                self._run_schedule(len(self._stage.batches), trains=False)
         self._reshard()  # without a backward pass FSDP2 leaves some weights unsharded
 
     def accumulate(self, batches: Sequence[Packed], share: Share) -> dict[str, Tensor]:
@@ -339,7 +348,7 @@ class NativeEngine(TrainingEngine):
             return shares["loss"] / self._parallel.sp
 
         self._stage.batches, self._stage.start, self._stage.finish = batches, 0, finish
-        self._exchanged = False
+        self._gradients_reduced = False
         if self._parallel.pp == 1:
             for number in range(len(batches)):
                 self._stage(number=number).backward()
@@ -347,22 +356,22 @@ class NativeEngine(TrainingEngine):
             waiting = {part.local: part.local.grad for part in self._trained() if part.local is not None}
             for parameter in waiting:  # building a schedule makes torch clear the gradients
                 parameter.grad = None
-            self._run(max(len(batches), self._parallel.pp), trains=True)
+            self._run_schedule(max(len(batches), self._parallel.pp), trains=True)
             for parameter, gradient in waiting.items():
                 if gradient is not None:
                     parameter.grad += gradient
-        return self._agree(metrics)
+        return self._broadcast_metrics(metrics)
 
-    def _run(self, count: int, *, trains: bool) -> None:
+    def _run_schedule(self, count: int, *, trains: bool) -> None:
         """Run a pipeline schedule over `count` micro-batches; it is rebuilt when their number or shape changes."""
-        width = max(map(self._stage.tokens, self._stage.batches))
+        width = max(map(self._stage.token_count, self._stage.batches))
         self._width = max(self._width, width)
         self._stage.width = self._width
         if trains not in self._schedules or self._schedules[trains][0] != (count, self._width):
             self._schedules[trains] = ((count, self._width), self._schedule(count, trains))
         schedule = self._schedules[trains][1]
         numbers = torch.arange(count)
-        target = {"target": numbers} if self._last and trains else {}
+        target = {"target": numbers} if self._is_last and trains else {}
         try:
             schedule.step(number=numbers, return_outputs=False, **target)
         except RuntimeError as error:
@@ -379,7 +388,7 @@ class NativeEngine(TrainingEngine):
             self._parallel.pp,
             self.device,
             input_args=() if self._stage_number == 0 else hidden,
-            output_args=torch.empty((), device="meta", requires_grad=trains) if self._last else hidden,
+            output_args=torch.empty((), device="meta", requires_grad=trains) if self._is_last else hidden,
             group=self._groups["pp"],
         )
         if not trains:
@@ -392,14 +401,14 @@ class NativeEngine(TrainingEngine):
                 if isinstance(each, FSDPModule):
                     each.reshard()
 
-    def _agree(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _broadcast_metrics(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Broadcast the last stage's metrics."""
         if self._parallel.pp == 1:
             return metrics
-        numbers = self._tell({name: value.tolist() for name, value in metrics.items()})
+        numbers = self._broadcast({name: value.tolist() for name, value in metrics.items()})
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
-    def _tell(self, value: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
         """Broadcast an object from the last stage."""
         box = [value]
         dist.broadcast_object_list(box, group=self._groups["pp"], group_src=self._parallel.pp - 1, device=self.device)
@@ -407,40 +416,40 @@ class NativeEngine(TrainingEngine):
 
     # Optimizer step
 
-    def _trained(self) -> Iterator[DividedParameter]:
+    def _trained(self) -> Iterator[ShardedParameter]:
         yield from (part for part in self._parts.values() if part.trained)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _reduce_gradients(self) -> None:
         """Sum the gradients over all processes that hold the same weights, once per step."""
-        if self._exchanged:
+        if self._gradients_reduced:
             return
         for part in self._trained():
             if part.local is None:
                 continue
             if part.local.grad is None:
                 part.local.grad = torch.zeros_like(part.local)
-            gradient = local(part.local.grad)
+            gradient = local_tensor(part.local.grad)
             if not self._sharded and self._mesh["data"].size() > 1:
                 dist.all_reduce(gradient, group=self._groups["data"])
-            if self._parallel.tp > 1 and part.layer_name.startswith(OF_ONE_HEAD):
+            if self._parallel.tp > 1 and part.layer_name.startswith(HEAD_NORMS):
                 dist.all_reduce(gradient, group=self._groups["tp"])
             if len(part.stages) > 1:
-                dist.all_reduce(gradient, group=self._ends)
-        self._exchanged = True
+                dist.all_reduce(gradient, group=self._tied_head_group)
+        self._gradients_reduced = True
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
         """Clip the gradients to the global norm, in which every element of the model counts once."""
-        self._exchange()
+        self._reduce_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
         for part in self._trained():
             if part.local is None:
                 continue
-            gradient = local(part.local.grad)
+            gradient = local_tensor(part.local.grad)
             gradients.append(gradient)
-            if self._counts(part) and gradient.numel():
+            if self._counts_in_norm(part) and gradient.numel():
                 total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         dist.all_reduce(total)
         norm = float(total.sqrt())
@@ -449,22 +458,22 @@ class NativeEngine(TrainingEngine):
                 gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
-    def _counts(self, part: DividedParameter) -> bool:
+    def _counts_in_norm(self, part: ShardedParameter) -> bool:
         """Whether this process contributes its shard of a parameter to the global norm."""
-        divided = {dim for dim, _ in divisions(part.local)}
+        divided = {dim for dim, _ in sharded_dims(part.local)}
         return (
             self._stage_number == part.stages[0]
-            and ("data" in divided or self._data_number == 0)
-            and ("tp" in divided or self._slice_number == 0)
+            and ("data" in divided or self._data_rank == 0)
+            and ("tp" in divided or self._tensor_rank == 0)
         )
 
     def step(self) -> None:
         """Run one optimizer step."""
-        self._exchange()
+        self._reduce_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the replicas: over all processes, divided by the processes per replica, which hold equal values."""
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
@@ -476,7 +485,7 @@ class NativeEngine(TrainingEngine):
 
     # Unsharded tensors
 
-    def whole_weights(self) -> dict[str, Tensor]:
+    def gather_weights(self) -> dict[str, Tensor]:
         """Gather all weights on the CPU of the main process; empty in the others."""
         weights: dict[str, Tensor] = dict(self._buffers) if self.is_main else {}
         for part in self._parts.values():
@@ -507,7 +516,7 @@ class NativeEngine(TrainingEngine):
         """Copy this process's slice of the unsharded weights."""
         part = self._parts[name]
         if part.local is not None:
-            local(part.local).copy_(self._slice(part, weights))
+            local_tensor(part.local).copy_(self._slice(part, weights))
 
     @torch.no_grad()
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
@@ -520,16 +529,16 @@ class NativeEngine(TrainingEngine):
         for state_name, tensor in moments:
             state = self.optimizer.state[part.local]
             state[state_name] = torch.zeros_like(part.local)
-            local(state[state_name]).copy_(self._slice(part, tensor))
+            local_tensor(state[state_name]).copy_(self._slice(part, tensor))
             state["step"] = torch.tensor(float(steps), device=self.device)
 
     @torch.no_grad()
-    def _gather(self, part: DividedParameter, mine: Tensor | None) -> Tensor | None:
+    def _gather(self, part: ShardedParameter, mine: Tensor | None) -> Tensor | None:
         """Gather the unsharded tensor in the main process, None in the others; `mine` is this process's shard."""
         stage = part.stages[0]
         found = None
         if self._stage_number == stage:
-            found = self._join(part, mine)
+            found = self._gather_in_stage(part, mine)
         if stage:
             sender = self._rank_of(stage, 0, 0)
             if self.rank == sender:
@@ -539,9 +548,9 @@ class NativeEngine(TrainingEngine):
                 dist.recv(found, sender)
         return found if self.is_main else None
 
-    def _join(self, part: DividedParameter, mine: Tensor | None) -> Tensor:
+    def _gather_in_stage(self, part: ShardedParameter, mine: Tensor | None) -> Tensor:
         """Gather the unsharded tensor within a pipeline stage: the inverse of `_slice`."""
-        found = local(mine).detach().contiguous()
+        found = local_tensor(mine).detach().contiguous()
         parts = self._parallel.tp if part.tensor_dim is not None else 1
         if self._sharded:
             length = part.shape[0] // (parts if part.tensor_dim == 0 else 1)
@@ -553,11 +562,11 @@ class NativeEngine(TrainingEngine):
             found = torch.cat(all_gather(found, parts, self._groups["tp"]), part.tensor_dim)
         return found
 
-    def _slice(self, part: DividedParameter, whole: Tensor) -> Tensor:
+    def _slice(self, part: ShardedParameter, whole: Tensor) -> Tensor:
         """This process's shard of an unsharded tensor: split for tp first, then for fsdp2 along the first dimension."""
         if part.tensor_dim is not None:
-            whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._slice_number]
+            whole = whole.chunk(self._parallel.tp, part.tensor_dim)[self._tensor_rank]
         if self._sharded:
             pieces = whole.chunk(self._mesh["data"].size())
-            whole = pieces[self._data_number] if self._data_number < len(pieces) else whole[:0]
+            whole = pieces[self._data_rank] if self._data_rank < len(pieces) else whole[:0]
         return whole

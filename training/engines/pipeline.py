@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from contracts.attempt import beat
 from modeling.packing import Packed
 from training.engines.base import Outputs
-from training.engines.sequence import Sequences
+from training.engines.sequence import SequenceParallelGroup
 
 
-class Passed(nn.Module):
+class SkippedLayer(nn.Module):
     """Placeholder for a layer of another stage."""
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         return hidden
 
 
-class Received(nn.Module):
+class ReceivedHiddenStates(nn.Module):
     """Placeholder for the embedding in all stages but the first: returns the previous stage's hidden states."""
 
     hidden: Tensor
@@ -35,9 +35,9 @@ class StageModule(nn.Module):
     def __init__(
         self,
         module: Any,
-        received: Received | None,
+        received: ReceivedHiddenStates | None,
         last: bool,
-        sequences: Sequences | None,
+        sequence_group: SequenceParallelGroup | None,
         dtype: torch.dtype,
         autocast: torch.dtype | None,
     ) -> None:
@@ -45,7 +45,7 @@ class StageModule(nn.Module):
         self.module = module
         self.received = received
         self.last = last
-        self.sequences = sequences
+        self.sequence_group = sequence_group
         self.dtype = dtype
         """Number format of the hidden states that are sent between stages."""
         self.autocast = autocast
@@ -64,20 +64,20 @@ class StageModule(nn.Module):
         """
         beat()
         batch = self.batches[int(number) % len(self.batches)]
-        part = batch if self.sequences is None else self.sequences.part(batch)
+        part = batch if self.sequence_group is None else self.sequence_group.shard(batch)
         tokens = part.input_ids.numel()
         if self.received is not None:
             self.received.hidden = hidden[0][:tokens].view(*part.input_ids.shape, -1)
         with self._casting(batch.input_ids.device):
             found = self.module.hidden(part)
             if self.last:
-                whole = found if self.sequences is None else self.sequences.join(found, batch)
+                whole = found if self.sequence_group is None else self.sequence_group.gather(found, batch)
                 return self.finish(self.module.read(whole, batch), self.start + int(number))
         return nn.functional.pad(found.to(self.dtype), (0, 0, 0, self.width - tokens))
 
-    def tokens(self, batch: Packed) -> int:
+    def token_count(self, batch: Packed) -> int:
         """Number of a micro-batch's tokens that this process computes."""
-        return batch.input_ids.numel() if self.sequences is None else self.sequences.tokens(batch)
+        return batch.input_ids.numel() if self.sequence_group is None else self.sequence_group.token_count(batch)
 
     def _casting(self, device: torch.device) -> Any:
         return torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()

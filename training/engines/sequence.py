@@ -18,59 +18,59 @@ from modeling.packing import Packed, PackingPlan
 NAME = "packed_sequence_parallel"
 
 
-class Sequences:
+class SequenceParallelGroup:
     """A group of processes that share each micro-batch; attention finds this process's group in `current`."""
 
-    current: "Sequences"
+    current: "SequenceParallelGroup"
 
     def __init__(self, group: Any) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        Sequences.current = self
+        SequenceParallelGroup.current = self
 
-    def tokens(self, batch: Packed) -> int:
+    def token_count(self, batch: Packed) -> int:
         """Number of a micro-batch's tokens in each process, including the last one's padding."""
         return -(-int(batch.input_ids.numel()) // int(self.size))
 
-    def part(self, batch: Packed) -> Packed:
+    def shard(self, batch: Packed) -> Packed:
         """The micro-batch with this process's tokens only, and the attention plan of the whole micro-batch.
 
         It is always flat: the config refuses parallel.sp with packing=padded, and `check_layout` models without flat
         batches.
         """
-        count = self.tokens(batch)
+        count = self.token_count(batch)
         missing = count * self.size - batch.input_ids.numel()
         mine = slice(self.rank * count, (self.rank + 1) * count)
         ids, places = (nn.functional.pad(tensor, (0, missing)) for tensor in (batch.input_ids, batch.position_ids))
         return batch._replace(input_ids=ids[:, mine], position_ids=places[:, mine])
 
-    def join(self, hidden: Tensor, batch: Packed) -> Tensor:
+    def gather(self, hidden: Tensor, batch: Packed) -> Tensor:
         """Gather the hidden states of all tokens, [T, hidden size]."""
-        whole: Tensor = _Join.apply(hidden, self)  # type: ignore[no-untyped-call]
+        whole: Tensor = _AllGather.apply(hidden, self)  # type: ignore[no-untyped-call]
         return whole[: batch.input_ids.numel()]
 
 
-def _exchange(parts: Tensor, group: Any) -> Tensor:
+def _all_to_all(parts: Tensor, group: Any) -> Tensor:
     found = parts.new_empty(parts.shape)  # contiguous
     dist.all_to_all_single(found, parts.contiguous(), group=group)
     return found
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """All-to-all of [size, ...]: part i is exchanged with process i. It is its own inverse, and so its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _exchange(parts, group)
+        return _all_to_all(parts, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _exchange(gradient, ctx.group), None
+        return _all_to_all(gradient, ctx.group), None
 
 
-class _Join(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """All-gather of all processes' rows.
 
     Each process computes the same loss from them, divided by the number of processes, so the gradient of its own rows
@@ -78,19 +78,19 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sequences: Sequences) -> Tensor:
-        ctx.sequences = sequences
-        whole = rows.new_empty(sequences.size, *rows.shape)
-        dist.all_gather(list(whole), rows.contiguous(), group=sequences.group)
+    def forward(ctx: Any, rows: Tensor, group: SequenceParallelGroup) -> Tensor:
+        ctx.group = group
+        whole = rows.new_empty(group.size, *rows.shape)
+        dist.all_gather(list(whole), rows.contiguous(), group=group.group)
         return whole.flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        sequences = ctx.sequences
-        return gradient.chunk(sequences.size)[sequences.rank] * sequences.size, None
+        group = ctx.group
+        return gradient.chunk(group.size)[group.rank] * group.size, None
 
 
-def attend_spread(
+def attend_sequence_parallel(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -101,20 +101,20 @@ def attend_spread(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`modeling.attention.attend` for tensors of this process's C tokens, [1, heads, C, head size]."""
-    sequences = Sequences.current
-    size, count = sequences.size, query.shape[2]
-    spread = []
+    group = SequenceParallelGroup.current
+    size, count = group.size, query.shape[2]
+    exchanged = []
     for tensor in (query, key, value):
         parts = tensor[0].unflatten(0, (size, -1))  # [size, heads / size, C, head size]
-        exchanged = _Exchange.apply(parts, sequences.group)  # type: ignore[no-untyped-call]
-        spread.append(exchanged.transpose(0, 1).flatten(1, 2)[None])
-    query, key, value = spread
+        heads = _AllToAll.apply(parts, group.group)  # type: ignore[no-untyped-call]
+        exchanged.append(heads.transpose(0, 1).flatten(1, 2)[None])
+    query, key, value = exchanged
     found, _ = attend(
         module, query, key, value, attention_mask, plan=plan, **options
     )  # [1, T, heads / size, head size]
     whole = nn.functional.pad(found[0], (0, 0, 0, 0, 0, size * count - found.shape[1]))
-    back = _Exchange.apply(whole.unflatten(0, (size, count)), sequences.group)  # type: ignore[no-untyped-call]
+    back = _AllToAll.apply(whole.unflatten(0, (size, count)), group.group)  # type: ignore[no-untyped-call]
     return back.transpose(0, 1).flatten(1, 2)[None], None
 
 
-AttentionInterface.register(NAME, attend_spread)
+AttentionInterface.register(NAME, attend_sequence_parallel)

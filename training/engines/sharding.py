@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor, Shard
 
 from reallocation.layouts import INPUTS, OUTPUTS
 
-COLUMNS = OUTPUTS
+COLUMN_PARALLEL = OUTPUTS
 """Column-parallel projections, whose outputs are sharded: Shard(0) of weight and bias."""
-ROWS = INPUTS
+ROW_PARALLEL = INPUTS
 """Row-parallel projections, whose inputs are sharded: Shard(1) of the weight; the bias is replicated."""
-OF_ONE_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 """Norms within a head: replicated, but each process applies them to its own heads, so their gradients are summed."""
 
 
 @dataclass
-class DividedParameter:
+class ShardedParameter:
     """A parameter of the whole module, and this process's shard of it."""
 
     names: list[str]
@@ -39,12 +39,12 @@ class DividedParameter:
     @property
     def tensor_dim(self) -> int | None:
         """The dimension that tensor parallelism shards; None if the parameter is replicated."""
-        if self.layer_name.startswith(COLUMNS):
+        if self.layer_name.startswith(COLUMN_PARALLEL):
             return 0
-        return 1 if self.layer_name.startswith(ROWS) and self.layer_name.endswith("weight") else None
+        return 1 if self.layer_name.startswith(ROW_PARALLEL) and self.layer_name.endswith("weight") else None
 
 
-def local(tensor: Any) -> Tensor:
+def local_tensor(tensor: Any) -> Tensor:
     """The local shard of a DTensor, or a plain tensor itself; shares the memory."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
 
@@ -56,7 +56,7 @@ def all_gather(tensor: Tensor, count: int, group: Any) -> list[Tensor]:
     return found
 
 
-def divisions(tensor: Any) -> Iterator[tuple[str, int]]:
+def sharded_dims(tensor: Any) -> Iterator[tuple[str, int]]:
     """Yield (mesh dimension, tensor dimension) for each sharded placement of a DTensor."""
     if isinstance(tensor, DTensor):
         names = tensor.device_mesh.mesh_dim_names
