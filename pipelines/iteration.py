@@ -21,7 +21,7 @@ from pipelines.config.run import RunConfig
 from pipelines.config.sections import OfflineSection, ReplaySection
 from pipelines.graph import Graph, folder_of, name_of, sampled_from
 from pipelines.progress import tracked
-from pipelines.run_stages import RunStages, keys
+from pipelines.run_stages import RunStages, set_fields
 from training.stages.critic import CRITIC
 from training.stages.ema import EMA
 from training.stages.experience import MAKE_EXPERIENCE
@@ -42,7 +42,7 @@ def build_graph(config: RunConfig, iterations: int) -> Graph:
     return Recipe(config).build(iterations)
 
 
-LEFT = ("average", "answers", "pairs", "experience", "critic", "has_value_head", "heldout_answers")
+CARRIED_OVER = ("average", "answers", "pairs", "experience", "critic", "has_value_head", "heldout_answers")
 """The attributes of a recipe that an iteration passes on to the next one, in addition to its policy."""
 
 
@@ -64,7 +64,7 @@ class Recipe(RunStages):
         self.experience: Path | None = None
         self.critic: Path | None = None
         self.has_value_head = False  # whether the policy was trained as its own critic
-        self.left: list[dict[str, Any]] = []  # the state after every iteration, which a rollback restores
+        self.states: list[dict[str, Any]] = []  # the state after every iteration, which a rollback restores
 
     def build(self, iterations: int) -> Graph:
         """Set up, then improve the policy `iterations` times; evaluate the initial policy and every later one."""
@@ -72,7 +72,7 @@ class Recipe(RunStages):
         self.average = self.initial
         self.policies = [self.initial]
         self.evaluate(0, self.initial)
-        self.leave()
+        self.save_state()
         for iteration in tracked(range(1, iterations + 1), "planning the iterations"):
             if iteration in self.run.changes:
                 self.config = self.run.at(iteration)
@@ -80,16 +80,16 @@ class Recipe(RunStages):
                 self.graph.gates[iteration] = name_of(known, "gate")
             self.policies.append(self.improve(iteration))
             self.evaluate(iteration, self.policies[-1])
-            self.leave()
+            self.save_state()
             if self.run.gates:
                 self.decide(iteration)
         later = (self.run.at(start).lag for start in self.run.changes if start > iterations)
         self.graph.lag = max([self.config.lag, *later])
         return self.graph
 
-    def leave(self) -> None:
+    def save_state(self) -> None:
         """Record the state after an iteration, so that a rollback can restore it."""
-        self.left.append({name: getattr(self, name) for name in LEFT} | {"policy": self.policies[-1]})
+        self.states.append({name: getattr(self, name) for name in CARRIED_OVER} | {"policy": self.policies[-1]})
 
     def decide(self, iteration: int) -> None:
         """Add an iteration's gate stage. If its decision is already published and is a rollback, restore that state."""
@@ -109,11 +109,11 @@ class Recipe(RunStages):
         if decision is None or decision.action != "rollback":
             return
         self.graph.rollbacks[name] = decision.start
-        left = dict(self.left[decision.start])
+        state = dict(self.states[decision.start])
         # With a lag, later iterations would also sample from the abandoned policies.
         abandoned = slice(decision.start + 1, iteration + 1)
-        self.policies[abandoned] = [left.pop("policy")] * (iteration - decision.start)
-        vars(self).update(left)
+        self.policies[abandoned] = [state.pop("policy")] * (iteration - decision.start)
+        vars(self).update(state)
         assert decision.gate is not None
         self.run = self.run.with_change(iteration + 1, self.run.gates[decision.gate].changes)
 
@@ -141,16 +141,16 @@ class Recipe(RunStages):
         self.answers = [*self.answers, (rollouts, rewards)]
         if config.replay is not None and config.description.reads == "samples":
             rollouts, rewards = self.replay_answers(config.replay, iteration)
-        anchor = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
+        reference_model = {"initial": self.initial, "previous": policy, "ema": self.average}[config.reference]
         if config.description.reads == "pairs":
-            data = self.pair_data(iteration, rollouts, rewards, anchor)
+            data = self.pair_data(iteration, rollouts, rewards, reference_model)
         else:
-            data = self.sample_data(iteration, rollouts, rewards, anchor, sampler, prompts, window)
+            data = self.sample_data(iteration, rollouts, rewards, reference_model, sampler, prompts, window)
         if "reference_model" in config.description.needs:
-            data["reference_model"] = anchor
+            data["reference_model"] = reference_model
         data["model"] = policy if config.start == "previous" else self.initial
         data["seed"] = derive_seed(config.seed, iteration, "training")
-        fields = keys(config.training) | self.inputs() | data
+        fields = set_fields(config.training) | self.inputs() | data
         gate = name_of(iteration - 1, "gate") if self.run.gates and iteration > 1 else None
         trained = self.graph.add(POLICY, "training", fields, iteration=iteration, after=gate)
         self.has_value_head = config.training.value_head
@@ -181,7 +181,7 @@ class Recipe(RunStages):
         if (curriculum := section.curriculum) is not None:
             scored = self.rewards[: sampled_from(iteration, self.config.lag)]
             scored = scored[-(curriculum.iterations or len(scored)) :]
-            fields |= {"curriculum": keys(curriculum), "history": [path for rounds in scored for path in rounds]}
+            fields |= {"curriculum": set_fields(curriculum), "history": [path for rounds in scored for path in rounds]}
         self.drawn = self.graph.add(DRAW, role, {**fields, **further}, iteration=iteration)
         return self.drawn
 
@@ -195,14 +195,14 @@ class Recipe(RunStages):
         """
         section = self.config.prompts.dynamic_sampling
         assert section is not None
-        draws, rounds, judged = [prompts], [rollouts], self.rewards[-1]
+        draws, rounds, scores = [prompts], [rollouts], self.rewards[-1]
         for number in range(2, section.rounds + 2):
-            further = {"replaces": list(draws), "judged": list(judged), "margin": section.margin}
+            further = {"replaces": list(draws), "judged": list(scores), "margin": section.margin}
             draws.append(self.draw(f"round-{number}/prompts", iteration, **further))
             role = f"round-{number}/generation"
             rounds.append(self.sample(role, sampler, draws[-1], iteration, self.config.generation))
-            judged.append(self.score(f"round-{number}/reward", "reward", rounds[-1], iteration))
-        fields = {"rounds": rounds, "scores": judged, "margin": section.margin}
+            scores.append(self.score(f"round-{number}/reward", "reward", rounds[-1], iteration))
+        fields = {"rounds": rounds, "scores": scores, "margin": section.margin}
         return self.select("selected", iteration, fields)
 
     def select(self, role: str, iteration: int, fields: dict[str, Any]) -> tuple[Path, Path]:
@@ -234,22 +234,24 @@ class Recipe(RunStages):
     def inputs(self) -> dict[str, Any]:
         """The extra inputs of the user's own algorithm, for every stage that runs it."""
         paths = self.config.training.inputs
-        return {"inputs": [self.locate(path) for path in paths]} if paths else {}
+        return {"inputs": [self.resolve(path) for path in paths]} if paths else {}
 
-    def pair_data(self, iteration: int, rollouts: Path, rewards: Path, anchor: Path) -> dict[str, Any]:
+    def pair_data(self, iteration: int, rollouts: Path, rewards: Path, reference_model: Path) -> dict[str, Any]:
         """The training data of an algorithm that reads pairs: the pairs, and reference log-probabilities if needed."""
         config = self.config
-        pairs = self.choose("pairs", rollouts, rewards, config.pairs, iteration)
+        pairs = self.select_pairs("pairs", rollouts, rewards, config.pairs, iteration)
         self.pairs = [*self.pairs, pairs] if config.accumulate or config.replay else [pairs]
         chosen = self.pairs if config.replay is None else [*self.replay(config.replay, iteration), pairs]
         needs_reference = "reference" in config.description.needs
         if needs_reference:
-            self.references[pairs, anchor] = self.reference("reference", rollouts, anchor, iteration, pairs)
+            self.references[pairs, reference_model] = self.reference(
+                "reference", rollouts, reference_model, iteration, pairs
+            )
         if config.offline is not None:
             chosen = [*chosen, self.offline_pairs(config.offline, iteration, pairs)]
         if not needs_reference:
             return {"pairs": chosen}
-        return {"pairs": chosen, "reference": [self.reference_of(made, anchor, iteration) for made in chosen]}
+        return {"pairs": chosen, "reference": [self.reference_of(made, reference_model, iteration) for made in chosen]}
 
     def replay(self, section: ReplaySection, iteration: int) -> list[Path]:
         """A share of the pairs of each earlier iteration, oldest first; the pairs themselves if the share is 1."""
@@ -271,7 +273,7 @@ class Recipe(RunStages):
             found.append(self.graph.add(SAMPLE_PAIRS, role, fields, iteration=iteration))
         return found
 
-    def reference_of(self, pairs: Path, anchor: Path, iteration: int) -> Path:
+    def reference_of(self, pairs: Path, reference_model: Path, iteration: int) -> Path:
         """Reference log-probabilities of pairs, recomputed only if the reference model has changed since.
 
         For a sample of some pairs those of all of them are used, if they exist.
@@ -280,12 +282,14 @@ class Recipe(RunStages):
         assert chosen is not None
         assert chosen.iteration is not None
         whole = chosen.path("pairs") if chosen.stage is SAMPLE_PAIRS else pairs
-        if (found := self.references.get((whole, anchor))) is not None:
+        if (found := self.references.get((whole, reference_model))) is not None:
             return found
-        if (pairs, anchor) not in self.references:
+        if (pairs, reference_model) not in self.references:
             role = f"reference-of-{folder_of(chosen.iteration) if pairs == whole else chosen.role}"
-            self.references[pairs, anchor] = self.reference(role, chosen.path("rollouts"), anchor, iteration, pairs)
-        return self.references[pairs, anchor]
+            self.references[pairs, reference_model] = self.reference(
+                role, chosen.path("rollouts"), reference_model, iteration, pairs
+            )
+        return self.references[pairs, reference_model]
 
     def offline_pairs(self, section: OfflineSection, iteration: int, pairs: Path) -> Path:
         """Sample as many offline pairs as give them their share next to an iteration's own."""
@@ -298,20 +302,20 @@ class Recipe(RunStages):
     def import_offline(self, section: OfflineSection) -> tuple[Path, Path]:
         """Import the offline pairs. Returns their answers as rollouts, and the pairs."""
         data = section.model_dump(exclude_unset=True, exclude={"share"})
-        data["source"] = self.locate(section.source)
+        data["source"] = self.resolve(section.source)
         fields = {**data, **self.rendering(self.initial, self.config.chat_template_kwargs)}
         # The tokenizer of the config's policy: it never changes, and so mistakes in the pairs show before training.
-        fields |= {"tokenizer": self.locate(self.config.policy), "exclude": [self.heldout_prompts]}
+        fields |= {"tokenizer": self.resolve(self.config.policy), "exclude": [self.heldout_prompts]}
         rollouts = self.graph.add(IMPORT_PREFERENCES, "setup/offline/rollouts", fields)
         scores = self.graph.add(PREFERENCES_SCORES, "setup/offline/scores", {**data, "rollouts": rollouts})
-        return rollouts, self.choose("setup/offline/pairs", rollouts, scores, PairsSettings())
+        return rollouts, self.select_pairs("setup/offline/pairs", rollouts, scores, PairsSettings())
 
     def sample_data(
         self,
         iteration: int,
         rollouts: Path,
         rewards: Path,
-        anchor: Path,
+        reference_model: Path,
         sampler: Path,
         prompts: Path,
         window: dict[str, Any],
@@ -324,7 +328,7 @@ class Recipe(RunStages):
         needs = config.description.needs
         inputs: dict[str, Path] = {"rollouts": rollouts, "rewards": rewards}
         if "reference" in needs:
-            inputs["reference"] = self.reference("reference", rollouts, anchor, iteration)
+            inputs["reference"] = self.reference("reference", rollouts, reference_model, iteration)
         if "greedy" in needs:
             section = config.generation.model_copy(update={"k": 1, "temperatures": [0.0]})
             role = "greedy/generation"
@@ -336,10 +340,10 @@ class Recipe(RunStages):
             critic = self.latest_critic()
             fields = {"kind": "values", "name": "values", "model": critic, "rollouts": rollouts}
             inputs["values"] = self.graph.add(SCORE, "values", fields, iteration=iteration)
-        if config.experience.kl_target is not None and self.experience and not self.restarts(iteration):
+        if config.experience.kl_target is not None and self.experience and not self.resets_kl_coefficient(iteration):
             inputs["previous"] = self.experience
         algorithm = {"algorithm": config.training.algorithm, "settings": config.training.settings}
-        fields = keys(config.experience) | self.inputs() | algorithm | inputs
+        fields = set_fields(config.experience) | self.inputs() | algorithm | inputs
         experience = self.graph.add(MAKE_EXPERIENCE, "experience", fields, iteration=iteration)
         self.experience = experience
         if "values" in needs and not config.training.value_head:
@@ -362,8 +366,8 @@ class Recipe(RunStages):
         if start == "reward_model":
             model = self.reward_model or self.config.scorers["reward"].model_path
             assert model is not None  # otherwise the scorer's stage, which was added before, has been refused
-            return self.locate(model)
-        return self.locate(start)
+            return self.resolve(model)
+        return self.resolve(start)
 
     def untrained_critic(self) -> Path:
         """The initial policy with a zero-initialized value head."""
@@ -372,7 +376,7 @@ class Recipe(RunStages):
             return self.graph.nodes[name].output
         return self.graph.add(VALUE_HEAD, name, {"model": self.initial})
 
-    def restarts(self, iteration: int) -> bool:
+    def resets_kl_coefficient(self, iteration: int) -> bool:
         """Whether `changes` set the KL coefficient in this iteration, so that an adaptive one starts from it again."""
         return "kl_coefficient" in (self.run.changes.get(iteration, {}).get("experience") or {})
 
@@ -381,11 +385,11 @@ class Recipe(RunStages):
         heldout = self.heldout_prompts
         rollouts = self.sample("heldout/generation", policy, heldout, iteration, self.config.evaluation)
         if iteration == 0:
-            self.first_answers = rollouts
+            self.initial_answers = rollouts
             paths = {name: self.graph.directory / name_of(0, f"heldout/{name}") for name in self.config.scorers}
             self.standards = {repr(self.scorers_of(name)): path for name, path in paths.items()}
         scores = {
-            name: self.score(f"heldout/{name}", name, rollouts, iteration, against=self.first_answers)
+            name: self.score(f"heldout/{name}", name, rollouts, iteration, against=self.initial_answers)
             for name in self.config.scorers
         }
         fields: dict[str, Any] = {"rollouts": rollouts, "scores": scores, "iteration": iteration}
@@ -398,7 +402,7 @@ class Recipe(RunStages):
         self.heldout_answers = rollouts
         self.heldout_rewards[rollouts] = self.scorers_of("reward"), scores["reward"]
         if iteration:
-            fields["baseline"] = self.rewards_of(self.first_answers, "heldout/baseline/reward", iteration)
+            fields["baseline"] = self.rewards_of(self.initial_answers, "heldout/baseline/reward", iteration)
             fields["reference"] = self.reference("heldout/reference", rollouts, self.initial, iteration)
         self.evaluate_checkpoint(iteration, policy)
         self.evaluations.append(self.graph.add(EVALUATE, "evaluation", fields, iteration=iteration))
@@ -407,7 +411,7 @@ class Recipe(RunStages):
         """The current reward's scores of earlier held-out answers, recomputed only if the scorers have changed."""
         scorers = self.scorers_of("reward")
         if self.heldout_rewards[answers][0] != scorers:
-            rewards = self.score(role, "reward", answers, iteration, against=self.first_answers)
+            rewards = self.score(role, "reward", answers, iteration, against=self.initial_answers)
             self.heldout_rewards[answers] = scorers, rewards
         return self.heldout_rewards[answers][1]
 
@@ -419,7 +423,7 @@ class Recipe(RunStages):
             fields = section.model_dump(exclude_unset=True, exclude={"environment", "every"})
             fields["checkpoint"] = policy
             if section.inputs is not None:
-                fields["inputs"] = [self.locate(path) for path in section.inputs]
+                fields["inputs"] = [self.resolve(path) for path in section.inputs]
             gates = self.run.gates.values()
             if needed := sorted({gate.metric.partition("/")[2] for gate in gates if gate.evaluation == name}):
                 fields["needed"] = needed
@@ -431,16 +435,16 @@ class Recipe(RunStages):
         trained here."""
         config = self.config
         if config.world is not None:
-            self.graph.add(MAKE_WORLD, "setup/world", keys(config.world) | {"seed": config.seed})
+            self.graph.add(MAKE_WORLD, "setup/world", set_fields(config.world) | {"seed": config.seed})
         self.heldout_prompts = self.import_prompts("prompts/heldout", config.prompts.heldout)
         self.train_prompts = {
             name: self.import_prompts(role, config.prompts.sources[name], [self.heldout_prompts])
             for name, role in config.prompts.import_roles.items()
         }
-        self.initial = self.locate(config.policy)
+        self.initial = self.resolve(config.policy)
         if config.sft is not None:
-            section = keys(config.sft)
-            section["demonstrations"] = self.locate(section["demonstrations"])
+            section = set_fields(config.sft)
+            section["demonstrations"] = self.resolve(section["demonstrations"])
             section |= self.rendering(self.initial, config.chat_template_kwargs)
             section |= {"model": self.initial, "seed": derive_seed(config.seed, 0, "sft")}
             self.initial = self.graph.add(SFT, "setup/sft", section)
@@ -454,8 +458,8 @@ class Recipe(RunStages):
         prompts = self.import_prompts("setup/reward-model/prompts", section.prompts, [self.heldout_prompts])
         rollouts = self.sample("setup/reward-model/generation", self.initial, prompts, None, section.generation)
         labels = self.score("setup/reward-model/labels", section.label, rollouts)
-        pairs = self.choose("setup/reward-model/pairs", rollouts, labels, section.pairs)
-        fields = keys(section.training)
+        pairs = self.select_pairs("setup/reward-model/pairs", rollouts, labels, section.pairs)
+        fields = set_fields(section.training)
         scorer = self.config.scorers[self.config.trained_scorer or "reward"]
         if section.training.kind == "pairwise" and isinstance(scorer, TemplateSettings):
             fields |= self.rendering(self.initial, scorer.chat_template_kwargs)

@@ -31,13 +31,13 @@ class RunStages:
         self.config = config  # the config of the iteration that is being added
         self.graph = Graph(config.run_directory.absolute())
         self.reward_model: Path | None = None  # the reward model that this run trains, if any
-        self.first_answers: Path  # the initial policy's answers to held-out prompts, once they are in the graph
+        self.initial_answers: Path  # the initial policy's answers to held-out prompts, once they are in the graph
         self.standards: dict[str, Path] = {}  # their scores, by the scorers' settings
 
     def import_prompts(self, role: str, section: PromptsSettings, exclude: list[Path] | None = None) -> Path:
         """Add the import of a set of prompts."""
         fields = section.model_dump(exclude_unset=True, exclude={"weight"})
-        fields |= {"source": self.locate(fields["source"]), "exclude": exclude or []}
+        fields |= {"source": self.resolve(fields["source"]), "exclude": exclude or []}
         return self.graph.add(IMPORT_PROMPTS, role, fields)
 
     def sample(
@@ -50,7 +50,7 @@ class RunStages:
         window: dict[str, Any] | None = None,
     ) -> Path:
         """Add the sampling of answers to prompts."""
-        fields = {**keys(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
+        fields = {**set_fields(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
         fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
         fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
         earlier = (name_of(one, role) for one in range((iteration or 0) - 1, -1, -1))
@@ -74,11 +74,13 @@ class RunStages:
         }
         for field, value in section.select(Role.INPUT).items():
             if value is not None:
-                fields[field] = [self.locate(path) for path in value] if isinstance(value, list) else self.locate(value)
+                fields[field] = (
+                    [self.resolve(path) for path in value] if isinstance(value, list) else self.resolve(value)
+                )
         if self.reward_model is not None and scorer == self.config.trained_scorer:
             fields["model"] = self.reward_model
         if section.places_rewards and "tokenizer" not in fields:
-            fields["tokenizer"] = self.locate(self.config.policy)  # it does not change
+            fields["tokenizer"] = self.resolve(self.config.policy)  # it does not change
         if section.renders:
             fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
         if section.compares and against is not None:
@@ -108,7 +110,7 @@ class RunStages:
         scorers = repr(self.scorers_of(scorer))
         if scorers not in self.standards:
             role = f"heldout/standards/{scorer}"
-            self.standards[scorers] = self.score(role, scorer, self.first_answers, iteration, self.first_answers)
+            self.standards[scorers] = self.score(role, scorer, self.initial_answers, iteration, self.initial_answers)
         return self.standards[scorers]
 
     def scorers_of(self, scorer: str) -> dict[str, Any]:
@@ -125,12 +127,12 @@ class RunStages:
         fields = {"kind": "logprobs", "name": "reference", "model": model, "rollouts": rollouts, "pairs": pairs}
         return self.graph.add(SCORE, role, fields, iteration=iteration)
 
-    def choose(
+    def select_pairs(
         self, role: str, rollouts: Path, scores: Path, section: PairsSettings, iteration: int | None = None
     ) -> Path:
         """Add the selection of preference pairs."""
         seed = derive_seed(self.config.seed, iteration or 0, "pairs")
-        fields = keys(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
+        fields = set_fields(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
         return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
 
     def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class RunStages:
         fields = {"chat_template_kwargs": variables} if variables else {}
         return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
 
-    def locate(self, reference: str | Path) -> Path:
+    def resolve(self, reference: str | Path) -> Path:
         """Resolve a path of the config: world:NAME is a file of the toy task, ratchet:NAME one that comes with Ratchet;
         other relative paths are the user's."""
         text = str(reference)
@@ -159,6 +161,6 @@ def _writes_date(model: Path, variables: dict[str, Any]) -> bool | None:
     return reads_clock(model, variables) if model.is_dir() else None
 
 
-def keys(section: Section) -> dict[str, Any]:
+def set_fields(section: Section) -> dict[str, Any]:
     """The fields of a section that the user has set, so that the stage's own defaults apply to the others."""
     return section.model_dump(exclude_unset=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # jobs on a cluster import this module, and print no tables
 
 LAST_COLUMN = 24
 """Minimum width in characters of a table's last column, which alone may be broken into lines."""
-BETWEEN = "  "
+SEPARATOR = "  "
 
 
 def plural(count: int, what: str) -> str:
@@ -18,17 +18,17 @@ def plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def relative(path: Path) -> Path:
+def relative_path(path: Path) -> Path:
     """A path relative to the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def megabytes(count: int) -> str:
+def format_megabytes(count: int) -> str:
     """A number of bytes in megabytes (10^6)."""
     return f"{count / 1e6:.1f} MB"
 
 
-def numbers(values: Iterable[int]) -> str:
+def format_ranges(values: Iterable[int]) -> str:
     """Numbers as ranges: 0-3, 6."""
     parts: list[list[int]] = []
     for value in sorted(set(values)):
@@ -39,7 +39,7 @@ def numbers(values: Iterable[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def lasting(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration with three digits, in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.3g} s"
@@ -54,13 +54,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
-def say(console: "Console", *lines: str) -> None:
+def echo(console: "Console", *lines: str) -> None:
     """Print lines verbatim: no markup in a path or a reason, no line breaks but the terminal's own."""
     for start in range(0, len(lines), 1000):  # rich is slow with single lines, and with very many at once
         console.print("\n".join(lines[start : start + 1000]), soft_wrap=True, markup=False, highlight=False)
 
 
-def fits(console: "Console", table: "Table") -> bool:
+def fits_width(console: "Console", table: "Table") -> bool:
     """Whether a terminal is wide enough for a table of which only the last column may be broken into lines."""
     from rich.measure import Measurement
 
@@ -70,7 +70,7 @@ def fits(console: "Console", table: "Table") -> bool:
     return whole - max(0, max(last, default=0) - LAST_COLUMN) <= console.width
 
 
-def stacked(console: "Console", table: "Table", head: str = "") -> "Group":
+def stacked_table(console: "Console", table: "Table", head: str = "") -> "Group":
     """A table for a terminal that is too narrow for it: each row begins with its first value, followed by lines of the
     others with their column titles, as many per line as fit."""
     from rich.console import Group
@@ -84,9 +84,9 @@ def stacked(console: "Console", table: "Table", head: str = "") -> "Group":
         lines: list[Text] = []
         for name, value in zip(titles, others, strict=True):
             part = Text.from_markup(f"{name} {value}".strip() if value else "")
-            if lines and part and lines[-1].cell_len + len(BETWEEN) + part.cell_len <= console.width - len(BETWEEN):
-                lines[-1].append(BETWEEN).append_text(part)
+            if lines and part and lines[-1].cell_len + len(SEPARATOR) + part.cell_len <= console.width - len(SEPARATOR):
+                lines[-1].append(SEPARATOR).append_text(part)
             elif part:
                 lines.append(part)
-        found += [Padding(line, (0, 0, 0, len(BETWEEN))) for line in lines]
+        found += [Padding(line, (0, 0, 0, len(SEPARATOR))) for line in lines]
     return Group(*found)

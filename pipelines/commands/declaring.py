@@ -15,7 +15,7 @@ from contracts.errors import did_you_mean
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.run.directory import RunDirectory
-from pipelines.text import fits, stacked
+from pipelines.text import fits_width, stacked_table
 
 EXAMPLES = """\
 examples:
@@ -145,7 +145,7 @@ class Screen(Console):
             return shown
         if STYLE.plain and shown.box is not None:
             shown.box = box.ASCII
-        return shown if fits(self, shown) else stacked(self, shown)
+        return shown if fits_width(self, shown) else stacked_table(self, shown)
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, where rich would exit with an exit code of its own."""

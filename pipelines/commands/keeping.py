@@ -16,7 +16,7 @@ from pipelines.hub.command import push_command
 from pipelines.insight.status import jobs_elsewhere
 from pipelines.run.directory import RunDirectory
 from pipelines.run.gc import collect
-from pipelines.text import say
+from pipelines.text import echo
 
 
 @command(
@@ -52,7 +52,7 @@ def _pin(options: argparse.Namespace) -> None:
     run = RunDirectory.existing(options.run)
     run.pin(off=options.off)
     state = "no longer pinned" if options.off else "pinned: nothing of it is deleted or compressed"
-    say(make_console(), f"{options.run} is {state}.")
+    echo(make_console(), f"{options.run} is {state}.")
 
 
 @command(

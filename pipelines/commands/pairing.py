@@ -10,7 +10,7 @@ from contracts.config import describe
 from pipelines.commands.declaring import JSON, RUN, STYLE, argument, command, make_console, opened
 from pipelines.insight.pairs import as_json, compare_pairs, print_pairs
 from pipelines.run.alternatives import build, pairs_to_compare, select_alternative
-from pipelines.text import relative, say
+from pipelines.text import echo, relative_path
 
 
 @command(
@@ -28,11 +28,11 @@ def _pairs(options: argparse.Namespace) -> int:
     run, graph = opened(options.run)
     other = select_alternative(run, graph, options.iteration, options.overrides)
     console = make_console(stderr=options.json)
-    place = relative(other.path)
+    place = relative_path(other.path)
     if other.is_own:
-        say(console, f"these are the run's own pairs: {place}")
+        echo(console, f"these are the run's own pairs: {place}")
     elif other.is_published:
-        say(console, f"already made: {place}")
+        echo(console, f"already made: {place}")
     elif code := build(other, run, sys.stderr if options.json or STYLE.quiet else None):
         return code
     found = compare_pairs(options.run.name, other.iteration, pairs_to_compare(other))
@@ -42,5 +42,5 @@ def _pairs(options: argparse.Namespace) -> int:
     print_pairs(make_console(), found)
     if other.changes and not other.is_own:
         words = ["fork", str(options.run), "--from-iteration", str(other.iteration), *other.changes]
-        say(console, f"Train on them: pipeline {shlex.join(words)}")
+        echo(console, f"Train on them: pipeline {shlex.join(words)}")
     return 0

@@ -36,7 +36,7 @@ from pipelines.planning.placement import placed_graph
 from pipelines.planning.search.plan_file import plan_text
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import plan_run, read_run
-from pipelines.text import say
+from pipelines.text import echo
 
 PLAN_HELP = "show, check, search and simulate plans: which stage runs where and when"
 HELP["plan"] = "prepare", PLAN_HELP
@@ -83,7 +83,7 @@ def _show(options: argparse.Namespace) -> None:
 @command("check", "check that a plan fits devices, models and memory", SOURCE, OVERRIDES, ITERATIONS, of=PLAN)
 def _check(options: argparse.Namespace) -> None:
     config, graph = _planned(options)
-    say(make_console(), *check_plan(graph, config))
+    echo(make_console(), *check_plan(graph, config))
 
 
 @command(
@@ -131,13 +131,13 @@ def _search(options: argparse.Namespace) -> None:
     for view in views:
         print_search(console, view)
     if options.lags is not None:
-        say(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
+        echo(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
     if options.output is None:
-        say(console, "Write it with --output plan.yaml, then:")
+        echo(console, "Write it with --output plan.yaml, then:")
     given = [*asked[taken], *([] if options.iters is None else ["--iters", str(options.iters)])]
     given += [f"placement={options.output or 'plan.yaml'}"]
     given += ["--detach"] if views[taken].way == "detached" else []
-    say(console, shlex.join(["pipeline", "run", options.config, *given]))
+    echo(console, shlex.join(["pipeline", "run", options.config, *given]))
 
 
 @command(

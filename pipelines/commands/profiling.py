@@ -34,7 +34,7 @@ from pipelines.planning.profiles.rows import Profile
 from pipelines.planning.profiles.store import FOLDER, OFF, ProfileStore
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import plan_run
-from pipelines.text import plural, say
+from pipelines.text import echo, plural
 
 LIST = "list"
 
@@ -71,7 +71,7 @@ def _profile(options: argparse.Namespace) -> None:
             print_known(console, known)
             if holes:
                 graph = with_needs(brief.graph, holes)
-                say(console, f"A short run of {plural(len(graph.nodes), 'stage')} shows it: pipeline profile "
+                echo(console, f"A short run of {plural(len(graph.nodes), 'stage')} shows it: pipeline profile "
                     f"{options.source}, which is a run with {' '.join(overrides)}.")  # fmt: skip
         return
     if not ProfileStore().is_kept:

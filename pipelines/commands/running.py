@@ -51,7 +51,7 @@ from pipelines.run.plan import plan_run
 from pipelines.run.sharing import SharedArtifacts
 from pipelines.run.sweep import LOCATION_KEYS, grid
 from pipelines.run.verdicts import reused, verdicts
-from pipelines.text import plural, say
+from pipelines.text import echo, plural
 
 
 @command(
@@ -103,7 +103,7 @@ def run_command(options: argparse.Namespace) -> None:
     forced = resolve(graph, options.force)
     for executor in executors.lasting():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
-    say(console, *(f"warning: {text}" for text in wanted.warnings))
+    echo(console, *(f"warning: {text}" for text in wanted.warnings))
     run.claim(config, find_config(options.config), wanted.iterations, wanted.commits)
     begin_hooks(config, run.path)
     set_aside(run.path, graph, forced)
@@ -123,10 +123,10 @@ def run_command(options: argparse.Namespace) -> None:
         print_table(console, graph)
         raise
     if options.share:
-        say(console, f"{plural(shared.remove_unused(), 'stage')} taken over from {', '.join(map(str, options.share))}")
-    say(console, *report_forced(run.path, graph))
+        echo(console, f"{plural(shared.remove_unused(), 'stage')} taken over from {', '.join(map(str, options.share))}")
+    echo(console, *report_forced(run.path, graph))
     if ran == 0:
-        say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+        echo(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
     print_table(console, graph)
 
 
@@ -141,13 +141,13 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     check_hooks(config)
     refuse(preflight(graph, config.environments))
     plan = verdicts(graph, config, resolve(graph, options.force))
-    say(console, *(f"warning: {text}" for text in wanted.warnings))
-    say(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
+    echo(console, *(f"warning: {text}" for text in wanted.warnings))
+    echo(console, *(f"{'reuse' if it.reuse else 'run':<6} {name}  ({it.reason})" for name, it in plan.items()))
     if (stop := stop_decision(graph, reused(plan))) is not None:
-        say(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
+        echo(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
     for other, lender in zip(options.share, lenders, strict=True):
         found = sum(name in lender.nodes and (lender.nodes[name].output / MANIFEST).is_file() for name in graph.nodes)
-        say(console, f"{other} has published {found} of these stages; the run takes over those of the same key.")
+        echo(console, f"{other} has published {found} of these stages; the run takes over those of the same key.")
     print_memory(console, graph, config)
     executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
     if options.detach:
@@ -170,7 +170,7 @@ def _fork(options: argparse.Namespace) -> None:
     target, count = fork(source, options.from_iteration, options.overrides, options.name)
     shown = os.path.relpath(target)
     text = f"{shown}: {count} artifacts are shared with {options.run}. Go on with: pipeline run {shown}/config.yaml"
-    say(make_console(), text)
+    echo(make_console(), text)
 
 
 @command(
@@ -192,7 +192,7 @@ def _sweep(options: argparse.Namespace) -> int:
     done: list[Path] = []
     worst = 0
     for number, point in enumerate(points):
-        say(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
+        echo(console, f"run {number + 1} of {len(points)}: {folder / point.name}")
         overrides = [item for item in point.overrides if item.partition("=")[0] not in LOCATION_KEYS]
         command = [sys.executable, "-m", "pipelines", "run", options.config, *overrides]
         command += [f"directory={folder}", f"name={point.name}", *(f"--share={run}" for run in done)]

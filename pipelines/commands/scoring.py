@@ -116,7 +116,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     section = config.scorers[scorer]
     if section.standardised:
         raise UserError(f"scorer {scorer!r} goes by what a run's initial policy answers (standard), and there is none.")
-    candidates = [tokenizer] if tokenizer is not None else [recipe.locate(config.policy), section.model_path]
+    candidates = [tokenizer] if tokenizer is not None else [recipe.resolve(config.policy), section.model_path]
     if (found := next((path for path in candidates if path is not None and path.is_dir()), None)) is None:
         raise UserError(f"{candidates[0]} is no model's directory, whose tokens the responses get. Give --tokenizer.")
     fields: dict[str, Any] = {"source": folder / "texts.jsonl", "tokenizer": found, "answer_column": ANSWER}

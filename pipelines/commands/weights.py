@@ -10,7 +10,7 @@ from rich.table import Table
 from contracts.errors import UserError
 from pipelines.commands.declaring import JSON, argument, command, make_console
 from pipelines.environments.launch import EnvironmentConfig, ask
-from pipelines.text import megabytes, plural, relative, say
+from pipelines.text import echo, format_megabytes, plural, relative_path
 from reallocation.layouts import RankLayout
 from reallocation.resharding import reshard
 from reallocation.stored import StoredModel
@@ -51,20 +51,20 @@ def _reshard(options: argparse.Namespace) -> None:
         return
     console = make_console()
     if found.was_there:
-        say(console, f"{relative(target)} has been written before.")
+        echo(console, f"{relative_path(target)} has been written before.")
     else:
-        what = f"{plural(found.files, 'file')} for {plural(found.ranks, 'rank')}, {megabytes(found.bytes)}"
-        say(console, f"{relative(target)}: {what} in {seconds:.1f} s")
+        what = f"{plural(found.files, 'file')} for {plural(found.ranks, 'rank')}, {format_megabytes(found.bytes)}"
+        echo(console, f"{relative_path(target)}: {what} in {seconds:.1f} s")
     if found.compared == found.files:
-        say(console, "every byte is as it was published, by the SHA-256 in the manifest")
+        echo(console, "every byte is as it was published, by the SHA-256 in the manifest")
     else:
-        say(
+        echo(
             console,
             "names, shapes and sizes are checked, bytes are not: only when files of a run's checkpoint are made whole "
             "again are there digests to compare them with",
         )
     if found.left_out:
-        say(console, f"left out, other formats of the weights: {', '.join(found.left_out)}")
+        echo(console, f"left out, other formats of the weights: {', '.join(found.left_out)}")
 
 
 @command(
@@ -95,7 +95,7 @@ def _diff(options: argparse.Namespace) -> int:
         for row in differences:
             table.add_row(*_words(row))
         console.print(table)
-    say(console, f"{len(differences)} of {plural(found['tensors'], 'tensor')} differ")
+    echo(console, f"{len(differences)} of {plural(found['tensors'], 'tensor')} differ")
     return int(bool(differences))
 
 

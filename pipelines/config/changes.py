@@ -6,7 +6,7 @@ from annotation.pairing.config import PairsSettings
 from contracts.errors import UserError
 from training.config import PolicySettings
 
-OWNERS = {
+SETTINGS_OWNERS = {
     "algorithm": PolicySettings.model_fields["algorithm"].default,
     "strategy": PairsSettings.model_fields["strategy"].default,
 }
@@ -38,7 +38,7 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """Merge `change` into `base`, section by section. Settings are dropped if the algorithm (or pair strategy) changes,
     and all keys of a scorer if its kind does."""
     merged = dict(base)
-    if any(key in change and change[key] != base.get(key, default) for key, default in OWNERS.items()):
+    if any(key in change and change[key] != base.get(key, default) for key, default in SETTINGS_OWNERS.items()):
         merged.pop("settings", None)
     for key, value in change.items():
         old = merged.get(key)

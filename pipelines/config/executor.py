@@ -14,7 +14,7 @@ from contracts.config import Section, runtime, worded
 from contracts.declaration import Workload
 from contracts.errors import did_you_mean
 from contracts.stopping import DEFAULT_GRACE
-from pipelines.config.selecting import ARRAYS, KINDS, Demand, entries_of
+from pipelines.config.selecting import ARRAY_KINDS, KINDS, SelectableStage, matching_entries
 
 EXECUTORS = sorted(
     module.name
@@ -22,7 +22,7 @@ EXECUTORS = sorted(
     if module.name != "base"
 )
 """Names of the executors: the modules of pipelines/execution/executors, listed without importing them."""
-HERE = ("inline", "local")
+LOCAL_KINDS = ("inline", "local")
 """Executors on this machine; every other one submits stages to a scheduler."""
 
 
@@ -34,20 +34,20 @@ def _check_kind(kind: str) -> str:
 
 ExecutorKind: TypeAlias = Annotated[str, AfterValidator(_check_kind)]
 
-ONLY_IN: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAYS}
+KINDS_WITH_KEY: dict[str, tuple[Workload, ...]] = {"nodes": ("training",), "tasks": ARRAY_KINDS}
 """Keys that apply only to some kinds of stages."""
 
-TASKS = 4
+DEFAULT_TASKS = 4
 """Default number of tasks of a job array."""
 
-OWN_DIRECTIVES = {
+DIRECTIVE_KEYS = {
     "partition": "partition", "account": "account", "qos": "qos", "time": "time", "nodes": "nodes",
     "gpus": "gpus", "gpus-per-node": "gpus", "gpus-per-task": "gpus", "gpus-per-socket": "gpus",
     "cpus-per-task": "cpus", "cpus-per-gpu": "cpus", "mem": "memory", "mem-per-cpu": "memory", "mem-per-gpu": "memory",
     "array": "tasks", "ntasks": "tasks", "ntasks-per-node": "tasks", "requeue": "requeue", "no-requeue": "requeue",
 }  # fmt: skip
 """Options of sbatch that have their own config key."""
-OUR_DIRECTIVES = frozenset(
+RESERVED_DIRECTIVES = frozenset(
     "begin chdir cluster clusters comment dependency error export export-file hold input job-name "
     "kill-on-invalid-dep ntasks-per-core ntasks-per-gpu ntasks-per-socket open-mode output parsable quiet signal "
     "test-only wait wrap".split()
@@ -127,11 +127,11 @@ class ResourcesSection(Section):
         for name, option in directives.items():
             if not re.fullmatch("[a-z][a-z0-9-]+", name):
                 raise ValueError(f"{name!r} is no long name of an option of sbatch, like constraint")
-            if name in OWN_DIRECTIVES:
-                raise ValueError(f"{name} has its own key next to `directives`: set `{OWN_DIRECTIVES[name]}`")
+            if name in DIRECTIVE_KEYS:
+                raise ValueError(f"{name} has its own key next to `directives`: set `{DIRECTIVE_KEYS[name]}`")
             if name in ("gres", "tres-per-task") and re.search(r"\bgpu\b", str(option)):
                 raise ValueError(f"{name}={option} asks for GPUs, which have keys of their own: `gpus` and `gpu_type`")
-            if name in OUR_DIRECTIVES:
+            if name in RESERVED_DIRECTIVES:
                 raise ValueError(f"{name} is set by Ratchet itself; take it out")
         return directives
 
@@ -148,7 +148,7 @@ class StageSection(ResourcesSection):
         return {"kind": value} if isinstance(value, str) else value
 
 
-LIGHT_TOO = frozenset("partition account qos setup directives requeue".split())
+LIGHT_KEYS = frozenset("partition account qos setup directives requeue".split())
 """Keys of `resources` that also apply to light stages: account and placement, but not amounts."""
 
 
@@ -167,17 +167,17 @@ def minutes_of(text: str) -> int | None:
     return 60 * hours + minutes + math.ceil(seconds / 60)
 
 
-LONGEST_PAUSE = 600.0
+MAX_PAUSE_SECONDS = 600.0
 
 
-def pause_before(tries: int, backoff: float, chance: random.Random) -> float:
+def retry_pause(tries: int, backoff: float, chance: random.Random) -> float:
     """Seconds until the retry of a stage that has failed `tries` times.
 
     The pause doubles with every failure, with jitter from 50 % to 150 %, so that stages that failed together are not
     retried together.
     """
     doubled: float = backoff * 2 ** min(tries - 1, 10)
-    return min(doubled, LONGEST_PAUSE) * chance.uniform(0.5, 1.5)
+    return min(doubled, MAX_PAUSE_SECONDS) * chance.uniform(0.5, 1.5)
 
 
 class ExecutorSection(Section):
@@ -221,7 +221,7 @@ class ExecutorSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, entry in self.stages.items():
-            for key, kinds in ONLY_IN.items():
+            for key, kinds in KINDS_WITH_KEY.items():
                 if name in KINDS and name not in kinds and getattr(entry, key) is not None:
                     raise ValueError(
                         f"stages.{name}.{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} stages can have "
@@ -233,11 +233,12 @@ class ExecutorSection(Section):
     def uses_scheduler(self) -> bool:
         """Whether any stage may run on a scheduler."""
         return any(
-            kind not in HERE for kind in (self.kind, *(entry.kind or self.kind for entry in self.stages.values()))
+            kind not in LOCAL_KINDS
+            for kind in (self.kind, *(entry.kind or self.kind for entry in self.stages.values()))
         )
 
     @property
-    def asks_gpus(self) -> bool:
+    def requests_gpus(self) -> bool:
         """Whether any stage requests GPUs from a scheduler."""
         return self.uses_scheduler and any(section.gpus for section in (self.resources, *self.stages.values()))
 
@@ -245,29 +246,29 @@ class ExecutorSection(Section):
     def is_remote(self) -> bool:
         """Whether all heavy stages run on a scheduler."""
         kinds = {entry.kind for name, entry in self.stages.items() if name != "light" and entry.kind}
-        return not {self.kind, *kinds} & set(HERE)
+        return not {self.kind, *kinds} & set(LOCAL_KINDS)
 
-    def entry(self, stage: Demand) -> StageSection:
+    def entry(self, stage: SelectableStage) -> StageSection:
         """The merged settings of a stage, with its executor (`kind`), without keys that do not apply to its
         workload."""
-        return self._merged(stage.workload, entries_of(stage, self.stages), stage.gpus)
+        return self._merged(stage.workload, matching_entries(stage, self.stages), stage.gpus)
 
-    def finishing_entry(self) -> StageSection:
+    def finalizing_entry(self) -> StageSection:
         """The settings of the small jobs that Ratchet adds to finalize stages: those of light stages. Patterns do not
         match them."""
         return self._merged("light", [self.stages["light"]] if "light" in self.stages else [], 0)
 
     def _merged(self, kind: Workload, entries: Iterable[StageSection], gpus: int) -> StageSection:
         """Merge the entries over `resources`, key by key; `directives` are merged option by option."""
-        include = set(LIGHT_TOO) if kind == "light" else None
+        include = set(LIGHT_KEYS) if kind == "light" else None
         settings = self.resources.model_dump(exclude_unset=True, include=include)
-        if kind in ARRAYS and settings.get("gpus"):
+        if kind in ARRAY_KINDS and settings.get("gpus"):
             settings["gpus"] = gpus
         directives = settings.get("directives", {})
         for entry in entries:
             own = entry.model_dump(exclude_unset=True)
             directives = {**directives, **own.get("directives", {})}
             settings |= own
-        settings = {name: value for name, value in settings.items() if kind in ONLY_IN.get(name, KINDS)}
+        settings = {name: value for name, value in settings.items() if kind in KINDS_WITH_KEY.get(name, KINDS)}
         settings["directives"] = {name: it for name, it in directives.items() if it is not None and it is not False}
         return StageSection(**{**settings, "kind": settings.get("kind") or self.kind})

@@ -9,7 +9,7 @@ from pipelines.config.changes import merge, require_changeable
 from pipelines.config.run import RunConfig
 from pipelines.config.sections import GateSection
 
-ALWAYS = (
+STANDARD_METRICS = (
     "reward_mean kl response_length stop_rate win_rate win_rate_previous distinct_1 distinct_2 distinct_3 "
     "self_similarity"
 ).split()
@@ -23,7 +23,7 @@ def condition(section: GateSection) -> dict[str, Any]:
 
 def known_metrics(config: RunConfig) -> list[str]:
     """The metrics of a run's evaluations that gates can refer to."""
-    found = [*ALWAYS, *(["reward_uncertainty"] if config.scorers["reward"].ensemble else [])]
+    found = [*STANDARD_METRICS, *(["reward_uncertainty"] if config.scorers["reward"].ensemble else [])]
     for name in config.scorers:
         if name != "reward":
             found += ["gold_reward_mean" if name == "gold" else f"{name}_mean", f"spearman_{name}", f"kendall_{name}"]

@@ -155,7 +155,7 @@ class RunConfig(Section):
                 f"reward_model.training.kind is {trained}, but scorers.reward.kind is {reward.kind}, "
                 f"which reads other models. Set scorers.reward.kind={needed}."
             )
-        for name in self.with_parts("reward"):
+        for name in self.with_components("reward"):
             if self.scorers[name].compares and self.generation.k < 2:
                 raise ValueError(
                     f"generation.k is {self.generation.k}; scorers.{name}.kind={self.scorers[name].kind} compares the "
@@ -176,10 +176,10 @@ class RunConfig(Section):
             self._check_samples(description)
         elif self.generation.k < 2:
             raise ValueError(f"generation.k is {self.generation.k}; pairs need at least 2 answers per prompt.")
-        if self.pushes is not None and self.pushes.pairs is not None and description.reads == "samples":
+        if self.hub_repos is not None and self.hub_repos.pairs is not None and description.reads == "samples":
             raise ValueError(
-                f"hub.pairs is {self.pushes.pairs}, but training.algorithm={self.training.algorithm} makes no pairs. "
-                "Remove it; hub.rollouts pushes the answers with their scores."
+                f"hub.pairs is {self.hub_repos.pairs}, but training.algorithm={self.training.algorithm} makes no "
+                "pairs. Remove it; hub.rollouts pushes the answers with their scores."
             )
         if self.prompts.dynamic_sampling is not None and (self.generation.k < 2 or "greedy" in description.needs):
             raise ValueError(
@@ -212,7 +212,7 @@ class RunConfig(Section):
         if taken := sorted(set(OWN) & self.scorers.keys()):
             raise ValueError(f"scorers.{taken[0]}: {taken[0]} is a built-in name in expressions; rename it.")
 
-    def with_parts(self, scorer: str) -> list[str]:
+    def with_components(self, scorer: str) -> list[str]:
         """A scorer and all its components."""
         found = [scorer]
         for name in found:
@@ -311,7 +311,7 @@ class RunConfig(Section):
             )
 
     @property
-    def pushes(self) -> HubSection | None:
+    def hub_repos(self) -> HubSection | None:
         """The section `hub`, with this run's name in the names of the repos."""
         return self.hub.of(self.name) if self.hub is not None else None
 
@@ -330,7 +330,7 @@ class RunConfig(Section):
         """The scorer whose model the section `reward_model` trains: `reward`, or a component of it without a model;
         None if there is none."""
         kind = self.reward_model.training.kind if self.reward_model is not None else None
-        parts = {name: self.scorers[name] for name in self.with_parts("reward")}
+        parts = {name: self.scorers[name] for name in self.with_components("reward")}
         fitting = (name for name, one in parts.items() if name == "reward" or one.model_path is None)
         return next((name for name in fitting if kind is not None and parts[name].trained_as == kind), None)
 

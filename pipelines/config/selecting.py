@@ -1,21 +1,21 @@
 """Matches the keys of config entries to stages: by their kind, role, name, or a pattern."""
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from contracts.declaration import Workload
 
 T = TypeVar("T")
 
-ARRAYS: tuple[Workload, ...] = ("generation", "scoring")
+ARRAY_KINDS: tuple[Workload, ...] = ("generation", "scoring")
 """Kinds of stages that run as a job array, whose tasks share the shards."""
-HEAVY: tuple[Workload, ...] = (*ARRAYS, "training")
+HEAVY_KINDS: tuple[Workload, ...] = (*ARRAY_KINDS, "training")
 """Kinds that load a model and take most of a run's time."""
-KINDS: tuple[Workload, ...] = (*HEAVY, "light")
+KINDS: tuple[Workload, ...] = (*HEAVY_KINDS, "light")
 
 
-class Demand(Protocol):
+class SelectableStage(Protocol):
     """The properties of a stage that decide which entries match it."""
 
     @property
@@ -39,17 +39,11 @@ class Demand(Protocol):
         ...
 
 
-def is_named(stage: Demand, key: str) -> bool:
+def matches(stage: SelectableStage, key: str) -> bool:
     """Whether a config key matches a stage: its kind, its role ("reference"), its name, or a pattern of these two."""
     return key == stage.workload or any(fnmatch.fnmatchcase(name, key) for name in (stage.name, stage.role))
 
 
-def entries_of(stage: Demand, entries: Mapping[str, T]) -> Iterator[T]:
+def matching_entries(stage: SelectableStage, entries: Mapping[str, T]) -> Iterator[T]:
     """The entries that match a stage, in their order; later ones override earlier ones."""
-    return (entry for key, entry in entries.items() if is_named(stage, key))
-
-
-def unused(keys: Iterable[str], stages: Iterable[Demand]) -> list[str]:
-    """The keys that match none of the stages."""
-    stages = list(stages)
-    return [key for key in keys if not any(is_named(stage, key) for stage in stages)]
+    return (entry for key, entry in entries.items() if matches(stage, key))

@@ -316,10 +316,10 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
 
 def check_hub(plan: Plan) -> Iterator[Finding]:
     """Check that the run can be pushed to the Hugging Face Hub, if it is configured to."""
-    if plan.config.pushes is not None:
+    if plan.config.hub_repos is not None:
         from pipelines.hub.access import check_access  # imports the Hub's library
 
-        yield from check_access(plan.config.pushes)
+        yield from check_access(plan.config.hub_repos)
 
 
 def _in_netrc(host: str) -> bool:

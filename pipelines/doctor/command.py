@@ -34,7 +34,7 @@ from pipelines.doctor.checks import (
 from pipelines.doctor.machine import check_file_system, check_limits, check_loopback
 from pipelines.environments.paths import home
 from pipelines.run.plan import Plan, plan_run
-from pipelines.text import plural, say
+from pipelines.text import echo, plural
 
 
 def doctor(console: Console, source: str, overrides: list[str], iterations: int | None, *, as_json: bool) -> int:
@@ -95,7 +95,7 @@ def print_findings(console: Console, findings: list[tuple[str, Finding]]) -> Non
         line.append(f"{check}: {finding.found}", style="default")
         console.print(line, soft_wrap=True, highlight=False)
         if finding.fix:
-            say(console, f"{'':<8} → {finding.fix}")
+            echo(console, f"{'':<8} → {finding.fix}")
     errors, warnings = (sum(finding.level == level for _, finding in findings) for level in ("error", "warning"))
     verdict = "Fix the errors before `pipeline run`." if errors else "Nothing that would stop the run was found."
-    say(console, f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}")
+    echo(console, f"{plural(errors, 'error')}, {plural(warnings, 'warning')}. {verdict}")

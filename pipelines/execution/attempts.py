@@ -15,7 +15,7 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.stage import require_space
 from contracts.versions import source_version
-from pipelines.config.executor import pause_before
+from pipelines.config.executor import retry_pause
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command
 from pipelines.execution.supervisor import DECISION, REQUEST, AttemptRequest, process_identity
@@ -57,7 +57,7 @@ class Retries:
         else:
             return None
         counted[stage] += 1
-        pause = pause_before(counted[stage], self.backoff, self._chance)
+        pause = retry_pause(counted[stage], self.backoff, self._chance)
         self._until[stage] = time.monotonic() + pause
         return round(pause, 1)
 

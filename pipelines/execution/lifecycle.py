@@ -59,7 +59,7 @@ class Lifecycle:
         self.graph = graph
         self.config = config
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
-        self.retention = Retention(run, graph, config.retention, config.pushes)
+        self.retention = Retention(run, graph, config.retention, config.hub_repos)
         self._untold: list[Event] = []
         self._profiles: ProfileRecorder | None = ProfileRecorder(graph, config)
 

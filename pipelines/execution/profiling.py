@@ -9,7 +9,7 @@ from contracts.artifacts import Artifact
 from contracts.errors import TransientError, UserError
 from contracts.hardware import processor
 from contracts.manifest import MANIFEST
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.execution.attempts import decision_of
 from pipelines.execution.endings import PUBLISHER, parts_of
@@ -137,7 +137,7 @@ def threads_of(node: Node, config: RunConfig) -> int:
     if given.isdecimal():
         return int(given)
     entry = config.executor.entry(node)
-    if entry.kind in HERE:
+    if entry.kind in LOCAL_KINDS:
         return threads_here(config.executor)
     layout = node.stage.layout(node.config)
     return max(1, (entry.cpus or 1) // max(1, layout.processes // layout.nodes))

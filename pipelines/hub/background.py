@@ -27,7 +27,7 @@ def command(run: RunDirectory) -> list[str]:
 def follow(path: Path) -> None:
     """Push what a run publishes, until stdin ends. Failures are recorded in the run's events."""
     run = RunDirectory(path)
-    section = run.config.pushes
+    section = run.config.hub_repos
     if section is not None:
         os.nice(5)
         _follow(run, section)

@@ -18,7 +18,7 @@ from pipelines.planning.cluster import cluster_of
 from pipelines.planning.scheduling import streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
-from pipelines.text import fits, stacked
+from pipelines.text import fits_width, stacked_table
 
 LOOK_SECONDS = 1.0
 """Shortest time between two estimates of the remaining time: each looks at all stages."""
@@ -99,9 +99,9 @@ class Display:
             self._words = in_words(self._remaining.seconds(self._shares()))
         done = f"{len(self._remaining.done)} of {self._total} stages"
         table = self._rows(done, self._words)
-        if fits(self.console, table):
+        if fits_width(self.console, table):
             return table
-        return stacked(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._words))))
+        return stacked_table(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._words))))
 
     def _rows(self, *titles: str) -> Table:
         """The table of running stages; `titles` are those of the first and the last column."""

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from contracts.artifacts import Artifact
 from contracts.records import Pair
-from pipelines.text import plural, say
+from pipelines.text import echo, plural
 
 
 class PairSet(msgspec.Struct, frozen=True):
@@ -150,7 +150,7 @@ def print_pairs(console: Console, found: PairComparison) -> None:
     first = found.sets[0].name
     for shared in found.shared:
         turned = f", {plural(shared.turned, 'pair')} the other way round" if shared.turned else ""
-        say(
+        echo(
             console,
             f"{plural(shared.pairs, 'pair')} in both, {shared.only_here} only in {shared.name}, {shared.only_first} "
             f"only in {first}{turned}; {plural(shared.prompts, 'prompt')} with a pair in both.",

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.insight.remaining import seconds_by_role
@@ -25,7 +25,7 @@ from pipelines.planning.preflight import require_possible
 from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event
-from pipelines.text import numbers, say
+from pipelines.text import echo, format_ranges
 
 WIDTH, LEAST_WIDTH = 100, 16
 """Characters of the timeline, by default and at least, on a narrow terminal."""
@@ -190,7 +190,7 @@ def _pools(stages: list[PlannedStage], total: float, cluster: Cluster) -> list[P
     """The pools of this machine, or one of all its devices. `stages` are those that use devices."""
     groups: dict[str, list[PlannedStage]] = {}
     for stage in stages:
-        if stage.executor in HERE and stage.devices != []:
+        if stage.executor in LOCAL_KINDS and stage.devices != []:
             groups.setdefault(stage.pool, []).append(stage)
     found = []
     for name, members in groups.items():
@@ -209,24 +209,25 @@ def print_plan(console: Console, view: PlanView) -> None:
     """Print the plan as a table and a timeline, with the critical path and the idle shares of pools."""
     lag = f", lag {view.lag}" if view.lag else ""
     also = f"{', streaming' if view.streaming else ''}{lag}"
-    say(console, f"strategy {view.strategy}{also}; {view.devices}")
+    echo(console, f"strategy {view.strategy}{also}; {view.devices}")
     table = Table("stage", "iterations", "runs on", "layout", view.unit)
     for row in _rows(view):
         table.add_row(*row)
     console.print(table)
-    say(console, *timeline(view, room=console.width), "")
+    echo(console, *timeline(view, room=console.width), "")
     no_less = f"no order of these stages takes less than {view.shortest:.4g}"
-    say(console, f"{view.total:.4g} {view.unit} in all; {no_less}, and one after another they take {view.alone:.4g}.")
-    say(console, "critical path:", *_by_iteration(view))
+    echo(console, f"{view.total:.4g} {view.unit} in all; {no_less}, and one after another they take {view.alone:.4g}.")
+    echo(console, "critical path:", *_by_iteration(view))
     for pool in view.pools:
-        say(
+        echo(
             console,
-            f"{f'pool {pool.name}' if pool.name else 'all devices'} ({numbers(pool.devices)}): idle {pool.idle:.0%}",
+            f"{f'pool {pool.name}' if pool.name else 'all devices'} ({format_ranges(pool.devices)}): "
+            f"idle {pool.idle:.0%}",
         )
     if view.unit == "units":
-        say(console, "No durations are known yet: each stage with a model counts as one unit, the others as none.")
+        echo(console, "No durations are known yet: each stage with a model counts as one unit, the others as none.")
     elif unseen := sorted({stage.role for stage in view.stages if not stage.measured}):
-        say(console, f"not measured yet, and expected to take as long as others of their kind: {', '.join(unseen)}")
+        echo(console, f"not measured yet, and expected to take as long as others of their kind: {', '.join(unseen)}")
 
 
 def _rows(view: PlanView) -> Iterator[tuple[str, str, str, str, str]]:
@@ -238,7 +239,7 @@ def _rows(view: PlanView) -> Iterator[tuple[str, str, str, str, str]]:
         iterations = [stage.iteration for stage in members if stage.iteration is not None]
         times = sorted({round(stage.end - stage.start, 1) for stage in members})
         shown = " to ".join(f"{time:g}" for time in dict.fromkeys((times[0], times[-1])))
-        yield role, numbers(iterations), where, layout, shown
+        yield role, format_ranges(iterations), where, layout, shown
 
 
 def _by_iteration(view: PlanView) -> Iterator[str]:
@@ -252,11 +253,11 @@ def _by_iteration(view: PlanView) -> Iterator[str]:
 def runs_on(stage: PlannedStage, view: PlanView) -> str:
     """The executor, pool and devices of a stage, in words."""
     pool = f" {stage.pool}" if stage.pool else ""
-    if stage.executor not in HERE:
+    if stage.executor not in LOCAL_KINDS:
         return f"{stage.executor}{pool}"
     if stage.devices is None:
         return f"all of {view.devices}"
-    return f"{stage.executor}{pool}: {numbers(stage.devices)}" if stage.devices else f"{stage.executor}: beside"
+    return f"{stage.executor}{pool}: {format_ranges(stage.devices)}" if stage.devices else f"{stage.executor}: beside"
 
 
 def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None = None) -> list[str]:
@@ -283,11 +284,11 @@ def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
     by_device: dict[int, list[PlannedStage]] = {}
     shared: dict[str, list[list[PlannedStage]]] = {}
     for stage in sorted(timed, key=lambda stage: stage.start):
-        if stage.executor in HERE and stage.devices:
+        if stage.executor in LOCAL_KINDS and stage.devices:
             for device in stage.devices:
                 by_device.setdefault(device, []).append(stage)
             continue
-        name = stage.executor if stage.executor not in HERE else BESIDE if stage.devices == [] else "all devices"
+        name = stage.executor if stage.executor not in LOCAL_KINDS else BESIDE if stage.devices == [] else "all devices"
         rows = shared.setdefault(f"{name} {stage.pool}".strip(), [])
         row = next((row for row in rows if row[-1].end <= stage.start), None)
         if row is None:
@@ -298,7 +299,7 @@ def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
     for device in sorted(by_device):
         alike.setdefault(tuple(stage.stage for stage in by_device[device]), []).append(device)
     unit = view.devices.split()[-1].removesuffix("s")
-    lanes = {f"{unit} {numbers(devices)}": by_device[devices[0]] for devices in alike.values()}
+    lanes = {f"{unit} {format_ranges(devices)}": by_device[devices[0]] for devices in alike.values()}
     for name, rows in shared.items():
         lanes |= {name if number == 0 else f"{name} ({number + 1})": row for number, row in enumerate(rows)}
     return lanes

@@ -13,7 +13,7 @@ from pipelines.graph import Graph, Node
 from pipelines.planning.memory import short, size
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.profiles.rows import Profile
-from pipelines.text import say
+from pipelines.text import echo
 
 PROMPTS = 64
 """Prompts of each kind in a short run."""
@@ -121,9 +121,9 @@ def print_known(console: Console, known: list[KnownStages]) -> None:
     console.print(table)
     holes = [group for group in known if group.is_hole]
     if not holes:
-        say(console, "Runs have shown how long all of these take.")
+        echo(console, "Runs have shown how long all of these take.")
         return
-    say(console, f"{len(holes)} kinds of stages have not been run on such a device.")
+    echo(console, f"{len(holes)} kinds of stages have not been run on such a device.")
 
 
 def print_profiles(console: Console, profiles: list[Profile]) -> None:

@@ -14,7 +14,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import RunEnded, RunStarted, StageInvalidated, StagePublished, StageReused
 from pipelines.run.metrics import ranking_metric
 from pipelines.run.points import EVAL, is_evaluation, latest
-from pipelines.text import relative, say
+from pipelines.text import echo, relative_path
 
 DEPTH = 3
 """Levels of directories to search."""
@@ -91,7 +91,7 @@ def print_runs(console: Console, directory: Path) -> None:
         when = "" if row["last"] is None else time.strftime("%F %H:%M", time.localtime(row["last"]))
         iteration = "" if row["iteration"] is None else str(row["iteration"])
         table.add_row(
-            str(relative(Path(row["run"]).absolute())), row["state"], row["stages"] or "", iteration, metric, when
+            str(relative_path(Path(row["run"]).absolute())), row["state"], row["stages"] or "", iteration, metric, when
         )
     console.print(table)
-    say(console, "`pipeline status RUN` shows one in detail; `pipeline compare RUN RUN` compares them.")
+    echo(console, "`pipeline status RUN` shows one in detail; `pipeline compare RUN RUN` compares them.")

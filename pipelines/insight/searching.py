@@ -10,7 +10,7 @@ from rich.table import Table
 
 from contracts.errors import UserError
 from pipelines.config.cluster import MachinesSection
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.profiling import predictor_for
@@ -42,7 +42,7 @@ from pipelines.planning.search.plan_file import planned_section
 from pipelines.planning.search.plans import as_data
 from pipelines.planning.simulation import DriverCosts
 from pipelines.run.directory import RunDirectory
-from pipelines.text import lasting, plural, say
+from pipelines.text import echo, format_duration, plural
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def settings_of(
     """
     attached = _setting_of(config, iterations, machines, runs)
     kinds = {config.executor.entry(node).kind for node in attached.graph.nodes.values()}
-    if not attached.is_jobs or kinds & set(HERE):
+    if not attached.is_jobs or kinds & set(LOCAL_KINDS):
         return [attached]
     return [attached, _setting_of(config, iterations, machines, runs, detached=True)]
 
@@ -163,7 +163,9 @@ def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device
     kind, hardware = setting.config.executor.kind, setting.config.hardware
     name = f"{kind}, {predictor.device}"
     if not predictor.has_seen(kind):
-        name += f" (none of its jobs has been measured: {lasting(QUEUE_SECONDS)} in the queue are assumed for each)"
+        name += (
+            f" (none of its jobs has been measured: {format_duration(QUEUE_SECONDS)} in the queue are assumed for each)"
+        )
     if not setting.on_gpu:
         return Device(name, 0, 0)
     require_known_gpus(setting.config, setting.cluster_of(setting.config), predictor)
@@ -246,13 +248,13 @@ def print_search(console: Console, view: SearchView) -> None:
     """Print a table of the plans, which of them to take, and why."""
     lag = f", lag {view.lag}" if view.lag else ""
     way = f", {view.way}" if view.way else ""
-    say(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}{way}")
+    echo(console, f"{plural(view.iterations, 'iteration')} on {view.devices}{lag}{way}")
     table = Table("plan", "takes", "±", "device-hours", "memory", "idle", "known by")
     for row in sorted(view.plans, key=lambda row: (row.name in (CAUTIOUS, FOUND), row.seconds)):
         table.add_row(
             row.name,
-            lasting(row.seconds),
-            lasting(row.error),
+            format_duration(row.seconds),
+            format_duration(row.error),
             f"{row.device_hours:.3g}",
             size(row.memory) if row.memory else "",
             f"{row.idle:.0%}",
@@ -260,26 +262,28 @@ def print_search(console: Console, view: SearchView) -> None:
         )
     console.print(table)
     for name, reason in view.impossible.items():
-        say(console, f"{name} is not possible: {reason}")
-    say(console, f"take {view.chosen}: {view.reason}.")
+        echo(console, f"{name} is not possible: {reason}")
+    echo(console, f"take {view.chosen}: {view.reason}.")
     if view.changes:
         which = CAUTIOUS if view.chosen == CAUTIOUS else FOUND
-        say(console, f"the {which} plan, compared with the best strategy:", *(f"  {change}" for change in view.changes))
-    say(console, *_how(view))
+        echo(
+            console, f"the {which} plan, compared with the best strategy:", *(f"  {change}" for change in view.changes)
+        )
+    echo(console, *_how(view))
 
 
 def _how(view: SearchView) -> list[str]:
     """Sentences on how thorough the search was, and what it left out."""
     if view.space is not None:
-        lines = [f"all {plural(view.space, 'plan')} were evaluated, in {lasting(view.search_seconds)}"]
+        lines = [f"all {plural(view.space, 'plan')} were evaluated, in {format_duration(view.search_seconds)}"]
     else:
-        lines = [f"{plural(view.evaluated, 'plan')} were evaluated, in {lasting(view.search_seconds)}"]
+        lines = [f"{plural(view.evaluated, 'plan')} were evaluated, in {format_duration(view.search_seconds)}"]
     if not view.in_time:
         lines[0] += "; the search ran out of time: with more of it (--seconds) it may find better ones"
     if view.searched is not None:
         lines.append(
-            f"no plan can take less than {lasting(view.bound)} for the iterations that were searched; the found one "
-            f"takes {lasting(view.searched)}"
+            f"no plan can take less than {format_duration(view.bound)} for the iterations that were searched; "
+            f"the found one takes {format_duration(view.searched)}"
         )
     for reason, count in view.left_out.items():
         lines.append(f"left out: {plural(count, 'layout')}, {reason}")

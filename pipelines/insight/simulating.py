@@ -83,7 +83,7 @@ def simulated(
 def require_known_gpus(config: RunConfig, cluster: Cluster, predictor: ProfilePredictor) -> None:
     """Raise UserError where a run asks a scheduler for GPUs of an unknown type."""
     executor = config.executor
-    if executor.is_remote and executor.asks_gpus and cluster.scheduler_has_gpus and not predictor.sheet.is_gpu:
+    if executor.is_remote and executor.requests_gpus and cluster.scheduler_has_gpus and not predictor.sheet.is_gpu:
         raise UserError(
             f"stages ask {executor.kind} for GPUs, and no job has been seen yet that had one, so their type is not "
             "known. Run one iteration, or `pipeline profile CONFIG`, or name the type in a cluster file (--cluster)."

@@ -17,7 +17,7 @@ from pipelines.planning.draws import OUTSIDE, Draws
 from pipelines.planning.memory import size
 from pipelines.planning.prediction import Basis, Prediction
 from pipelines.planning.simulation import DriverCosts, Simulation, gains, unknown_in_words
-from pipelines.text import lasting, numbers, plural, say
+from pipelines.text import echo, format_duration, format_ranges, plural
 
 NAMED = 3
 """At most so many items are listed in a sentence."""
@@ -170,12 +170,12 @@ def print_simulation(console: Console, view: SimulationView) -> None:
     """Print the results as a table, a timeline and sentences."""
     plan = view.plan
     also = f"{', streaming' if plan.streaming else ''}{f', lag {plan.lag}' if plan.lag else ''}"
-    say(console, f"strategy {plan.strategy}{also}; {view.machines}")
+    echo(console, f"strategy {plan.strategy}{also}; {view.machines}")
     table = Table("stage", "iterations", "runs on", "layout", "takes", "memory of a device", "known by")
     for row in _rows(view):
         table.add_row(*row)
     console.print(table)
-    say(console, *timeline(plan, end=lasting(view.total), room=console.width), "", *in_sentences(view))
+    echo(console, *timeline(plan, end=format_duration(view.total), room=console.width), "", *in_sentences(view))
 
 
 def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
@@ -184,7 +184,7 @@ def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
     for stage in view.plan.stages:
         groups.setdefault((stage.role, runs_on(stage, view.plan), stage.layout), []).append(stage)
     for (role, place, layout), members in groups.items():
-        iterations = numbers(stage.iteration for stage in members if stage.iteration is not None)
+        iterations = format_ranges(stage.iteration for stage in members if stage.iteration is not None)
         known = [one for stage in members if (one := view.predictions.get(stage.stage)) is not None]
         if len(known) < len(members):
             yield role, iterations, place, layout, "unknown", "", ""
@@ -196,7 +196,7 @@ def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
             iterations,
             place,
             layout,
-            " to ".join(dict.fromkeys((lasting(took[0]), lasting(took[-1])))),
+            " to ".join(dict.fromkeys((format_duration(took[0]), format_duration(took[-1])))),
             size(max(peaks)) if peaks else "",
             ", ".join(dict.fromkeys(one.basis for one in known)),
         )
@@ -207,7 +207,7 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     if view.is_bound:
         yield f"All times are lower bounds: {unknown_in_words(view.unknown)}"
     least = "at least " if view.is_bound else ""
-    each = ", ".join(lasting(seconds) for seconds in view.iterations[:NAMED])
+    each = ", ".join(format_duration(seconds) for seconds in view.iterations[:NAMED])
     more = f" and {len(view.iterations) - NAMED} more" if len(view.iterations) > NAMED else ""
     draws = view.draws
     if draws is not None and not view.finishes:
@@ -217,14 +217,14 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
             "devices, shorter ones (generation.shard_size, training.checkpoint_seconds), or more executor.retries. "
             "What follows is as if nothing failed"
         )
-    yield f"{least}{lasting(view.total)} in all" + (f"; from policy to policy {each}{more}" if each else "")
+    yield f"{least}{format_duration(view.total)} in all" + (f"; from policy to policy {each}{more}" if each else "")
     if draws is not None and view.finishes:
         low, high = draws.interval
         times = len(draws.totals)
         yield (
-            f"of {times} runs drawn (seed {view.seed}) the median takes {least}{lasting(draws.median)}, and "
-            f"{1 - 2 * OUTSIDE:.0%} of them {least}{lasting(low)} to {lasting(high)}; in a run {draws.failures:.2g} "
-            "attempts fail"
+            f"of {times} runs drawn (seed {view.seed}) the median takes {least}{format_duration(draws.median)}, and "
+            f"{1 - 2 * OUTSIDE:.0%} of them {least}{format_duration(low)} to {format_duration(high)}; "
+            f"in a run {draws.failures:.2g} attempts fail"
             + (f", and {draws.stopped:.0%} stop because a stage fails too often" if draws.stopped else "")
         )
     yield (
@@ -240,7 +240,7 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     yield from _memory(view)
     for pool in view.plan.pools:
         name = f"pool {pool.name}" if pool.name else "all devices"
-        yield f"{name} ({numbers(pool.devices)}): idle {pool.idle:.0%}"
+        yield f"{name} ({format_ranges(pool.devices)}): idle {pool.idle:.0%}"
     for role, (had, used) in view.unused.items():
         yield f"{role} has {had} GPUs and uses {used} of them: its processes are fewer. Set its layout, or its dp"
     known = sorted(view.known_by.items(), key=lambda item: -item[1])

@@ -8,7 +8,7 @@ from rich.table import Table
 from pipelines.graph import Graph
 from pipelines.run.gates import refused, stop_decision
 from pipelines.run.metrics import COLUMNS, best_of, evaluations, is_further_scorer, ranking_metric
-from pipelines.text import numbers, relative
+from pipelines.text import format_ranges, relative_path
 
 
 def print_table(console: Console, graph: Graph) -> None:
@@ -30,9 +30,10 @@ def print_table(console: Console, graph: Graph) -> None:
     unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
-    without = f"; a gate holds for {numbers(barred)}" if barred else ""
+    without = f"; a gate holds for {format_ranges(barred)}" if barred else ""
     console.print(
-        f"Best checkpoint (by {ranking_metric(first)}, iteration {best['iteration']}{without}): {relative(policy)}",
+        f"Best checkpoint (by {ranking_metric(first)}, iteration {best['iteration']}{without}): "
+        f"{relative_path(policy)}",
         soft_wrap=True,
         highlight=False,
     )

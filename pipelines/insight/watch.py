@@ -16,7 +16,7 @@ from pipelines.insight.status import Glance, states
 from pipelines.insight.tables import print_table
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunCancelled
-from pipelines.text import plural, relative, say
+from pipelines.text import echo, plural, relative_path
 
 SECONDS = 5.0
 FOLLOW_SECONDS = 1.0
@@ -78,9 +78,9 @@ def print_logs(
         what = f"stage {stage} has no log: it was not started yet" if stage else "no stage runs, has failed or stopped"
         raise UserError(f"{what}. `pipeline logs {run.path} STAGE` shows the log of any stage that was started.")
     for log in logs:
-        say(console, f"==> {log} <==", tail(log, lines) or "(nothing yet)")
+        echo(console, f"==> {log} <==", tail(log, lines) or "(nothing yet)")
         if traces := [*log.parent.glob("traces/*.gz")]:
-            say(console, f"==> {plural(len(traces), 'profiler trace')} in {log.parent / 'traces'} <==")
+            echo(console, f"==> {plural(len(traces), 'profiler trace')} in {log.parent / 'traces'} <==")
     return logs
 
 
@@ -113,7 +113,7 @@ def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | 
             whole = new if over else new[: new.rfind(b"\n") + 1]
             read[log] = read.get(log, 0) + len(whole)
             if whole:
-                say(console, *([f"==> {log} <=="] if log != last else []), whole.decode(errors="replace").rstrip("\n"))
+                echo(console, *([f"==> {log} <=="] if log != last else []), whole.decode(errors="replace").rstrip("\n"))
                 last = log
         if not over:
             time.sleep(FOLLOW_SECONDS)
@@ -134,5 +134,5 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
         run.record(RunCancelled(jobs=ids, by=os.environ.get("USER", str(os.getuid()))))
         console.print(f"cancelled {plural(len(ids), 'job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)
     console.print(
-        f"`pipeline run` with the same config continues {relative(run.path)}.", soft_wrap=True, highlight=False
+        f"`pipeline run` with the same config continues {relative_path(run.path)}.", soft_wrap=True, highlight=False
     )

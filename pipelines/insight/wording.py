@@ -30,7 +30,7 @@ from pipelines.run.events import (
     Unreadable,
     WeightsReleased,
 )
-from pipelines.text import megabytes, numbers, plural, printable
+from pipelines.text import format_megabytes, format_ranges, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
 """The metrics to show of a running stage, by priority."""
@@ -63,7 +63,7 @@ def live_line(event: Event) -> str | None:
             names, grace = ", ".join(event.stages), event.grace_seconds
             return f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)"
         case WeightsReleased():
-            return f"release {event.stage}  ({event.reason}; {megabytes(event.bytes)} are free)"
+            return f"release {event.stage}  ({event.reason}; {format_megabytes(event.bytes)} are free)"
         case RetentionHeld():
             return f"keep   {event.reason}; nothing of it is deleted or compressed"
         case RetentionFailed():
@@ -93,7 +93,7 @@ def place_in_words(event: StageStarted) -> str:
     """The pool and the exclusive devices of a stage, in words; empty where it shares its devices."""
     found = [f"pool {event.pool}"] if event.pool else []
     if event.devices:
-        found.append(f"device{'s' * (len(event.devices) > 1)} {numbers(event.devices)}")
+        found.append(f"device{'s' * (len(event.devices) > 1)} {format_ranges(event.devices)}")
     return ", ".join(found)
 
 

@@ -15,7 +15,7 @@ from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
 from pipelines.lineage.origins import Search
 from pipelines.lineage.view import show
 from pipelines.run.directory import RunDirectory
-from pipelines.text import relative
+from pipelines.text import relative_path
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
 FORMS = (
@@ -57,7 +57,7 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
         if found := [item for one in searches for item in search(one, what)]:
             found_of = {"kind": kind, f"{kind}_id": what, "found": found}
             return {"what": what, **found_of, "unread": list(dict.fromkeys(unread))}
-    places = ", ".join(str(relative(path)) for path in runs) or "no run: there is none below ./runs"
+    places = ", ".join(str(relative_path(path)) for path in runs) or "no run: there is none below ./runs"
     hint = " A run is traced by what it has published." if (Path(what) / RUN).exists() else ""
     gone = f" These could not be read: {', '.join(dict.fromkeys(unread))}." if unread else ""
     raise UserError(f"nothing is known of {what!r}; searched {places}.{gone}{hint} {FORMS}")
@@ -81,7 +81,7 @@ def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
                 found.append((index, artifact))
             for link in links_of(manifest):
                 if link.digest.startswith(prefix):
-                    place = f"{link.name} of {relative(index.path)}/{index.name_of(artifact)}"
+                    place = f"{link.name} of {relative_path(index.path)}/{index.name_of(artifact)}"
                     outside.setdefault(link.digest, []).append((link, place))
     digests = {artifact.manifest.digest for _, artifact in found} or set(outside)
     if len(digests) > 1:
@@ -89,7 +89,7 @@ def _by_digest(indexes: list[Index], prefix: str) -> dict[str, Any] | None:
         raise UserError(f"{prefix!r} is the beginning of several digests: {', '.join(names)}. Give more digits.")
     if found:
         index, artifact = found[0]
-        also = [str(relative(other.path)) for _, other in found[1:]]
+        also = [str(relative_path(other.path)) for _, other in found[1:]]
         return {"kind": "artifact", **ancestry(index, artifact), "also": also}
     for digest, places in outside.items():
         return {

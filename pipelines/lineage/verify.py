@@ -32,7 +32,7 @@ from pipelines.lineage.links import (
 from pipelines.run import gc
 from pipelines.run.decisions import lender_file
 from pipelines.run.directory import UNPUBLISHED, RunDirectory
-from pipelines.text import megabytes, plural, say
+from pipelines.text import echo, format_megabytes, plural
 
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
 """Schemas of artifacts whose rows are derived from rollouts."""
@@ -58,7 +58,7 @@ class Findings:
     def __str__(self) -> str:
         """`36 artifacts, 106 files, 2.8 MB, 997 rows checked: no problem`."""
 
-        what = f"{plural(self.artifacts, 'artifact')}, {plural(self.files, 'file')}, {megabytes(self.bytes)}"
+        what = f"{plural(self.artifacts, 'artifact')}, {plural(self.files, 'file')}, {format_megabytes(self.bytes)}"
         released = f"; {plural(self.released, 'file')} deleted by `pipeline gc`" if self.released else ""
         found = plural(len(self.problems), "problem") if self.problems else "no problem"
         return f"{what}, {plural(self.rows, 'row')} checked{released}: {found}"
@@ -82,7 +82,7 @@ def print_verification(console: Console, path: Path, *, as_json: bool = False) -
         print(json.dumps({"path": str(path), **found, "summary": str(findings)}, indent=1))
     else:
         warnings = [f"warning: {text}" for text in findings.warnings]
-        say(
+        echo(
             console, *findings.problems, *warnings, *(f"note: {text}" for text in findings.notes), f"{path}: {findings}"
         )
     if findings.problems:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipelines.config.cluster import MachinesSection
-from pipelines.config.executor import HERE, TASKS, ExecutorSection
+from pipelines.config.executor import DEFAULT_TASKS, LOCAL_KINDS, ExecutorSection
 from pipelines.config.placement import WHOLE, PlacementSection
 from pipelines.config.run import RunConfig
-from pipelines.config.selecting import ARRAYS
+from pipelines.config.selecting import ARRAY_KINDS
 from pipelines.environments.locked import VARIANT
 from pipelines.graph import Node, Placement
 from pipelines.machine import cores, default_parallel, gpu_count
@@ -56,14 +56,14 @@ class Cluster:
         """Devices that a stage's jobs request from a scheduler: GPUs, or without any one core per process."""
         entry, layout = self.executor.entry(node), node.stage.layout(node.config)
         gpus = (entry.gpus or 0) if self.scheduler_has_gpus else 0
-        if node.workload in ARRAYS:
-            return (entry.tasks or TASKS) * max(1, gpus)
+        if node.workload in ARRAY_KINDS:
+            return (entry.tasks or DEFAULT_TASKS) * max(1, gpus)
         return (entry.nodes or layout.nodes) * gpus or layout.processes
 
     def shares(self, placement: Placement) -> int | None:
         """Maximum number of stages that may use one of these devices at once; None: no limit, because a scheduler
         decides."""
-        if placement.executor not in HERE:
+        if placement.executor not in LOCAL_KINDS:
             return self.executor.parallel
         return 1 if placement.exclusive and placement.devices else self.parallel
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.config.cluster import MachinesSection
-from pipelines.config.executor import ExecutorSection, pause_before
+from pipelines.config.executor import ExecutorSection, retry_pause
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import GraphOutlook
 from pipelines.planning.prediction import Prediction, drawn_factor
@@ -158,5 +158,5 @@ def _fail(
     while (at := chance.expovariate(1 / between)) < fixed + compute + handoff and len(failures) < MOST_ATTEMPTS:
         done = min(compute, max(0.0, at - fixed))
         compute -= done if done == compute else piece * (done // piece) if piece else done
-        failures.append((at, pause_before(len(failures) + 1, executor.backoff_seconds, chance)))
+        failures.append((at, retry_pause(len(failures) + 1, executor.backoff_seconds, chance)))
     return tuple(failures), compute

@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable
 
 from contracts.errors import UserError, did_you_mean
-from pipelines.config.executor import ONLY_IN, ExecutorSection
+from pipelines.config.executor import KINDS_WITH_KEY, ExecutorSection
 from pipelines.config.run import RunConfig
-from pipelines.config.selecting import KINDS, is_named
+from pipelines.config.selecting import KINDS, matches
 from pipelines.environments.locked import VARIANT
 from pipelines.graph import Graph
 
@@ -20,8 +20,8 @@ def check_entries(graph: Graph, config: RunConfig) -> None:
     for pattern, entry in config.executor.stages.items():
         if pattern in KINDS:
             continue
-        named = [node for node in graph.nodes.values() if is_named(node, pattern)]
-        for key, kinds in ONLY_IN.items():
+        named = [node for node in graph.nodes.values() if matches(node, pattern)]
+        for key, kinds in KINDS_WITH_KEY.items():
             if getattr(entry, key) is not None and not any(node.workload in kinds for node in named):
                 raise UserError(
                     f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
@@ -29,7 +29,7 @@ def check_entries(graph: Graph, config: RunConfig) -> None:
                 )
 
     for pattern, place in config.placement.stages.items():
-        named = [node for node in graph.nodes.values() if is_named(node, pattern)]
+        named = [node for node in graph.nodes.values() if matches(node, pattern)]
         for key in place.layout.model_fields_set:
             if named and not any(key in node.stage.layout_keys for node in named):
                 known = ", ".join(named[0].stage.layout_keys) or "none"
@@ -42,7 +42,7 @@ def check_entries(graph: Graph, config: RunConfig) -> None:
 def _require_stages(graph: Graph, keys: Iterable[str], section: str) -> None:
     """Raise UserError if a key of a section matches no stage of the run; names of kinds are always valid."""
     for key in keys:
-        if key in KINDS or any(is_named(node, key) for node in graph.nodes.values()):
+        if key in KINDS or any(matches(node, key) for node in graph.nodes.values()):
             continue
         roles = dict.fromkeys(node.role for node in graph.nodes.values())
         hint = did_you_mean(key, [*KINDS, *dict.fromkeys([*roles, *graph.nodes])], 3)
@@ -60,7 +60,7 @@ def choose_variant(executor: ExecutorSection) -> None:
     """
     if not executor.uses_scheduler or os.environ.get(VARIANT, "auto") not in ("", "auto"):
         return
-    if executor.asks_gpus:
+    if executor.requests_gpus:
         os.environ[VARIANT] = "gpu"
     elif executor.is_remote:
         os.environ[VARIANT] = "cpu"

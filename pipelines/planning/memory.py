@@ -8,7 +8,7 @@ from rich.console import Console
 
 from contracts.errors import UserError
 from contracts.outlook import Memory
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.machine import gpu_count, gpus, host_memory
@@ -18,7 +18,7 @@ from pipelines.planning.hub import name_and_revision
 from pipelines.planning.placement import place
 from pipelines.planning.preflight import origin_of
 from pipelines.progress import tracked
-from pipelines.text import say
+from pipelines.text import echo
 
 
 def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
@@ -63,7 +63,7 @@ def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mappi
     for name, need in needs.items():
         room = int(need.share * device.bytes)
         wanted = need.total * (1 if device.gpus else need.processes)
-        if wanted > room and config.executor.entry(graph.nodes[name]).kind in HERE:
+        if wanted > room and config.executor.entry(graph.nodes[name]).kind in LOCAL_KINDS:
             raise UserError(
                 f"stage {name} is estimated to take {size(wanted)} of {device.name}: {size(room)} are for it. "
                 f"{graph.nodes[name].stage.memory_fix}"
@@ -86,7 +86,7 @@ def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
         lines.append(f"{verdict:<8} {short(names)}: {size(need.total)} of {size(room)}{each} ({made})")
     for models, names in _by_models(unknown):
         lines.append(f"unknown  {short(names)}: {'; '.join(map(_why_unknown, models))}")
-    say(console, *lines)
+    echo(console, *lines)
 
 
 def _by_models(unknown: dict[str, list[Path]]) -> Iterator[tuple[list[Path], list[str]]]:

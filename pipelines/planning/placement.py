@@ -10,10 +10,10 @@ from typing import Any
 
 from contracts.config import StageConfig
 from contracts.errors import UserError
-from pipelines.config.executor import HERE, StageSection
+from pipelines.config.executor import LOCAL_KINDS, StageSection
 from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
-from pipelines.config.selecting import ARRAYS, entries_of
+from pipelines.config.selecting import ARRAY_KINDS, matching_entries
 from pipelines.graph import Graph, Node, Placement
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster, cluster_of
@@ -42,7 +42,7 @@ def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster:
     """
     node = replace(node, config=_laid_out(node, sizes), placement=given)
     entry = cluster.executor.entry(node)
-    config = _here(node, cluster) if entry.kind in HERE else _on_scheduler(node, entry, cluster)
+    config = _here(node, cluster) if entry.kind in LOCAL_KINDS else _on_scheduler(node, entry, cluster)
     return replace(node, config=config)
 
 
@@ -67,7 +67,7 @@ def placed_graph(config: RunConfig, iterations: int, cluster: Cluster | None = N
 def written_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
     """The sizes of a stage's layout in the plan's entries, as far as the stage has them."""
     sizes: dict[str, Any] = {}
-    for entry in entries_of(node, placement.stages):
+    for entry in matching_entries(node, placement.stages):
         sizes |= entry.layout.model_dump(exclude_unset=True, exclude_none=True)
     return {key: size for key, size in sizes.items() if key in node.stage.layout_keys}
 
@@ -128,7 +128,7 @@ def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageCon
     gpus = (entry.gpus or 0) if cluster.scheduler_has_gpus else 0
     if node.workload == "training":
         return _over_nodes(node, entry.nodes, gpus)
-    if node.workload not in ARRAYS:
+    if node.workload not in ARRAY_KINDS:
         return node.config
     replicas = node.stage.layout(node.config).processes
     if replicas > 1:

@@ -11,7 +11,7 @@ from contracts.files import is_there
 from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.environments.launch import launch_command, probe_versions
 from pipelines.environments.locked import TRACKING
@@ -99,7 +99,7 @@ def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:
     another machine can be placed, and is found here.
     """
     for node in graph.nodes.values():
-        if not cluster.gpus or cluster.is_divided or cluster.executor.entry(node).kind not in HERE:
+        if not cluster.gpus or cluster.is_divided or cluster.executor.entry(node).kind not in LOCAL_KINDS:
             continue
         layout = node.stage.layout(node.config)
         wanted = layout.processes * max(1, node.gpus)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from contracts.errors import UserError
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.prediction import Prediction, Predictor
@@ -110,7 +110,9 @@ class Simulation:
     @functools.cached_property
     def owned_seconds(self) -> float:
         """Device-seconds of this machine's devices over the whole run, plus those that jobs hold on a scheduler."""
-        jobs = [node for node in self.order if node.placement is not None and node.placement.executor not in HERE]
+        jobs = [
+            node for node in self.order if node.placement is not None and node.placement.executor not in LOCAL_KINDS
+        ]
         there = sum(self.times[node.name].held * self.devices_of(node) for node in jobs)
         return there + (0.0 if self.cluster.executor.is_remote else self.total * self.cluster.devices)
 
@@ -119,7 +121,7 @@ class Simulation:
         placement = node.placement
         if placement is None or not node.stage.uses_devices(node.config):
             return 0
-        return len(placement.devices) if placement.executor in HERE else self.cluster.asked_of(node)
+        return len(placement.devices) if placement.executor in LOCAL_KINDS else self.cluster.asked_of(node)
 
     @functools.cached_property
     def memory(self) -> dict[int, tuple[int, str]]:
@@ -129,7 +131,12 @@ class Simulation:
         groups: dict[Placement, list[tuple[float, float, int, str]]] = {}
         for node in self.order:
             one, times = self.predictions.get(node.name), self.times[node.name]
-            if one is None or one.memory is None or node.placement is None or node.placement.executor not in HERE:
+            if (
+                one is None
+                or one.memory is None
+                or node.placement is None
+                or node.placement.executor not in LOCAL_KINDS
+            ):
                 continue
             if not on_gpu:
                 count = node.stage.layout(node.config).processes
@@ -154,7 +161,11 @@ class Simulation:
         """By pool ("": devices in no pool), the share of the time in which its devices are idle."""
         lines: dict[str, list[tuple[Node, int]]] = {}
         for node in self.order:
-            if (count := self.devices_of(node)) and node.placement is not None and node.placement.executor in HERE:
+            if (
+                (count := self.devices_of(node))
+                and node.placement is not None
+                and node.placement.executor in LOCAL_KINDS
+            ):
                 lines.setdefault(node.placement.pool, []).append((node, count))
         found = {}
         for pool, members in lines.items():
@@ -323,7 +334,7 @@ def contention(
     """
     if cluster.is_divided:
         return {}, math.inf
-    here = [node for node in order if node.placement is None or node.placement.executor in HERE]
+    here = [node for node in order if node.placement is None or node.placement.executor in LOCAL_KINDS]
     if not cluster.gpus:
         each = threads if callable(threads) else lambda _: threads
         uses = {node.name: float(each(node) * node.stage.layout(node.config).processes) for node in here}

@@ -10,9 +10,9 @@ async         the same; the run's `lag` lets them overlap
 from collections.abc import Iterable
 
 from contracts.errors import UserError
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import SEPARATING, PoolSection
-from pipelines.config.selecting import ARRAYS, entries_of
+from pipelines.config.selecting import ARRAY_KINDS, matching_entries
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.text import plural
@@ -35,9 +35,9 @@ def placements(graph: Graph, cluster: Cluster) -> dict[str, Placement]:
                 "separation or async."
             )
         whole = tuple(range(max(1, cluster.gpus)))
-        return {name: Placement(kind, whole if kind in HERE else (0,)) for name, kind in kinds.items()}
+        return {name: Placement(kind, whole if kind in LOCAL_KINDS else (0,)) for name, kind in kinds.items()}
     pools = {name: _pool_of(node, cluster) for name, node in graph.nodes.items()}
-    here = {name for name, kind in kinds.items() if kind in HERE}
+    here = {name for name, kind in kinds.items() if kind in LOCAL_KINDS}
     devices = _devices_of_pools((pools[name] for name in here), cluster)
     parts = _parts(graph, [node for name, node in graph.nodes.items() if name in here and not pools[name]], cluster)
     found = {}
@@ -60,7 +60,7 @@ def _pool_of(node: Node, cluster: Cluster) -> str | None:
     """The pool of a stage: by its entry, its kind, or the strategy; None if it is in none."""
     section = cluster.placement
     named = None
-    for entry in entries_of(node, section.stages):
+    for entry in matching_entries(node, section.stages):
         named = entry.pool or named
     if named is not None:
         return named
@@ -73,12 +73,12 @@ def _pool_of(node: Node, cluster: Cluster) -> str | None:
         return GENERATION
     if section.strategy in SEPARATING:
         if section.pools and not section.pools.keys() & {GENERATION, SCORING, TRAINING}:
-            if cluster.executor.entry(node).kind not in HERE:  # it needs no device of this machine
+            if cluster.executor.entry(node).kind not in LOCAL_KINDS:  # it needs no device of this machine
                 return None
             raise UserError(
                 f"stage {node.name} is in none of the pools {', '.join(section.pools)}: with placement.strategy="
                 f"{section.strategy} every stage that computes is in one. Set placement.stages.{kind}=POOL, or call a "
-                f"pool {GENERATION if kind in ARRAYS else kind}."
+                f"pool {GENERATION if kind in ARRAY_KINDS else kind}."
             )
         return TRAINING if kind == TRAINING else GENERATION
     return None

@@ -29,7 +29,7 @@ from pipelines.environments.launch import ask, launch_command, probe_versions, s
 from pipelines.graph import Graph, Node, folder_of, name_of
 from pipelines.run.decisions import ALTERNATIVES
 from pipelines.run.directory import RunDirectory
-from pipelines.text import numbers
+from pipelines.text import format_ranges
 
 ROLE = "pairs"
 KEYS = (*PairsSettings.model_fields, "seed", "output")
@@ -158,7 +158,7 @@ def _node(run: RunDirectory, graph: Graph, iteration: int | None) -> Node:
     if iteration not in made:
         there = f"it has iterations 1 to {last}" if last > 1 else "it has iteration 1"
         if 1 <= iteration <= last:
-            there = f"that iteration trains on samples; those with pairs: {numbers(made)}"
+            there = f"that iteration trains on samples; those with pairs: {format_ranges(made)}"
         raise UserError(f"--iteration is {iteration}, but {run.path} has no pairs of it: {there}.")
     node = made[iteration]
     if missing := _missing(node):

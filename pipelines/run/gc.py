@@ -20,7 +20,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Collected
 from pipelines.run.retention import CollectionStep, compress, own_bytes, release, steps
 from pipelines.run.superseded import TRASH, discard
-from pipelines.text import megabytes, plural, say
+from pipelines.text import echo, format_megabytes, plural
 
 SCRATCH = re.compile(rf"({re.escape(RELEASED)}|.*{re.escape(COMPRESSED)})\.[^/]+\.tmp")
 
@@ -49,7 +49,7 @@ def collect(
             f"(`pipeline attach {run.path}`), or end them with `pipeline cancel {run.path}`."
         )
     if run.pinned:
-        say(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
+        echo(console, f"{run.path} is pinned: nothing of it is deleted or compressed. `pipeline pin --off` ends that.")
         return
     freed = packed = 0
     for step in plan(run, section, superseded=superseded):
@@ -62,12 +62,12 @@ def collect(
             packed += size
         elif step.verb != "keep":
             freed += size
-        say(console, f"{step.verb:<8} {name}  {megabytes(size)}  ({step.reason})")
+        echo(console, f"{step.verb:<8} {name}  {format_megabytes(size)}  ({step.reason})")
     if dry_run:
-        more = f", and what compression saves of {megabytes(packed)}" if packed else ""
-        say(console, f"{megabytes(freed)} would be freed{more}. Nothing was changed.")
+        more = f", and what compression saves of {format_megabytes(packed)}" if packed else ""
+        echo(console, f"{format_megabytes(freed)} would be freed{more}. Nothing was changed.")
     else:
-        say(console, f"{megabytes(freed)} were freed.")
+        echo(console, f"{format_megabytes(freed)} were freed.")
 
 
 def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> list[CollectionStep]:
@@ -86,7 +86,7 @@ def plan(run: RunDirectory, section: RetentionSection, *, superseded: bool) -> l
         size = own_bytes(_files_in(run.path / SUPERSEDED))
         reason = f"{len(old)} artifacts; --superseded deletes them"
         found.append(CollectionStep("keep", run.path / SUPERSEDED, reason, size))
-    return [*found, *steps(run, graph, up_to_date(graph), section, run.config.pushes)]
+    return [*found, *steps(run, graph, up_to_date(graph), section, run.config.hub_repos)]
 
 
 def perform(step: CollectionStep, run: RunDirectory) -> int:

@@ -14,7 +14,7 @@ from contracts.manifest import MANIFEST
 from pipelines.graph import Graph
 from pipelines.run.decisions import lender_file, superseded_path
 from pipelines.run.superseded import TRASH, discard
-from pipelines.text import relative
+from pipelines.text import relative_path
 
 
 class SharedArtifacts:
@@ -38,7 +38,7 @@ class SharedArtifacts:
                 scratch = Path(tempfile.mkdtemp(prefix=TRASH, dir=self._run))  # so that a kill leaves no partial copy
                 link(offered.output, scratch / "linked")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(lender_file(place), str(relative(other.directory)).encode(), durable=False)
+                write_atomically(lender_file(place), str(relative_path(other.directory)).encode(), durable=False)
                 os.rename(scratch / "linked", place)
                 scratch.rmdir()
                 self._linked.append(place)

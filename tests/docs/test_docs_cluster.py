@@ -9,9 +9,9 @@ import yaml
 
 from contracts.declaration import Workload
 from pipelines.config.changes import merge
-from pipelines.config.executor import ONLY_IN, ExecutorSection, ResourcesSection, minutes_of
+from pipelines.config.executor import KINDS_WITH_KEY, ExecutorSection, ResourcesSection, minutes_of
 from pipelines.config.load import load_run_config
-from pipelines.config.selecting import ARRAYS, KINDS
+from pipelines.config.selecting import ARRAY_KINDS, KINDS
 from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
 from pipelines.graph import Graph
 from pipelines.planning.placement import placed_graph
@@ -60,7 +60,7 @@ def test_the_defaults_in_the_table_are_the_codes(tmp_path: Path) -> None:
     for column, kind in enumerate(KINDS):
         assert minutes_of(table["time"][column]) == without[kind].minutes == with_gpu[kind].minutes
         for key in ("nodes", "tasks"):
-            has_key = kind in ONLY_IN[key]
+            has_key = kind in KINDS_WITH_KEY[key]
             assert table[key][column] == (str(getattr(without[kind], key)) if has_key else "-")
         assert table["requeue"][column] == str(without[kind].requeue).lower()
         assert without[kind].gpus == 0
@@ -127,7 +127,7 @@ def test_the_example_of_two_nodes_has_sixteen_processes(tmp_path: Path) -> None:
 def test_only_the_kinds_that_the_diagram_shows_are_arrays(tmp_path: Path) -> None:
     executor, graph = planned(tmp_path, {"executor": "slurm"})
     arrays = {resources.kind for node in graph.nodes.values() if (resources := resources_of(node, executor)).is_array}
-    assert arrays == set(ARRAYS) == {"generation", "scoring"}
+    assert arrays == set(ARRAY_KINDS) == {"generation", "scoring"}
 
 
 def test_commands_that_it_names_exist(capsys: pytest.CaptureFixture[str]) -> None:

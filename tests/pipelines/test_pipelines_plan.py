@@ -12,7 +12,7 @@ from pipelines.insight.plan import timeline, view_plan
 from pipelines.main import main
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_graph
-from pipelines.text import numbers
+from pipelines.text import format_ranges
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +78,8 @@ def test_a_timeline_shows_parts_that_run_side_by_side(smallest: Path) -> None:
 
 
 def test_numbers_in_ranges() -> None:
-    assert numbers([3, 0, 1, 6]) == "0-1, 3, 6"
-    assert numbers([]) == ""
+    assert format_ranges([3, 0, 1, 6]) == "0-1, 3, 6"
+    assert format_ranges([]) == ""
 
 
 def test_a_plan_that_can_be_is_said_to_be(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:

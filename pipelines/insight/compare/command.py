@@ -7,7 +7,7 @@ from rich.table import Table
 from contracts.errors import UserError
 from pipelines.insight.compare.data import Comparison
 from pipelines.run.metrics import ranking_metric
-from pipelines.text import say
+from pipelines.text import echo
 
 
 def print_comparison(console: Console, found: Comparison, metric: str | None) -> None:
@@ -37,9 +37,9 @@ def print_comparison(console: Console, found: Comparison, metric: str | None) ->
         table.add_row(series.run, *(f"{values[i]:.3f}" if i in values else "-" for i in iterations))
     console.print(table)
     for paired in found.paired:
-        say(console, f"{paired.sentence}; it scores higher on {paired.wins:.0%} of them.")
+        echo(console, f"{paired.sentence}; it scores higher on {paired.wins:.0%} of them.")
     for note in dict.fromkeys(found.notes):
-        say(console, note)
+        echo(console, note)
 
 
 def as_json(found: Comparison) -> str:

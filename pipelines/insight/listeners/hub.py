@@ -15,7 +15,7 @@ from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished
 
 def listen(run: RunDirectory, graph: Graph) -> Listen:
     """Listen to evaluations: they are what completes an iteration."""
-    section = run.config.pushes
+    section = run.config.hub_repos
     return (lambda events: None) if section is None else HubListener(run, graph, section)
 
 

@@ -12,7 +12,7 @@ from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.markdown import render_markdown
 from pipelines.insight.report.page import render_page
 from pipelines.run.directory import RunDirectory
-from pipelines.text import relative
+from pipelines.text import relative_path
 
 PAGE = "report.html"
 
@@ -38,7 +38,7 @@ def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown:
         raise UserError(f"{page} {why}. Give --output the path of a file to write, like report.html.")
     others = write_report(run, graph, page)
     beside = f" (and {folder_of_page(page).name}/ beside it, with further samples)" if others else ""
-    print(f"{relative(page.absolute())}{beside}")
+    print(f"{relative_path(page.absolute())}{beside}")
 
 
 def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:

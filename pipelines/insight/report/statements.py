@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.insight.report.data import LedgerLine, RunReport, Statement
 from pipelines.insight.report.length import HELD_OUT, TRAINED_ON, length_statement
 from pipelines.run.metrics import mean_with_interval, ranking_metric
-from pipelines.text import numbers, plural
+from pipelines.text import format_ranges, plural
 
 FIXED = 0.2
 """Share of the stages' time from which `executor.warm` is recommended against loading."""
@@ -120,7 +120,7 @@ def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
     if best is None:
         return []
     name = "gold reward" if judge.startswith("gold") else "reward"
-    among = f", of those for which no gate holds (it does for iteration {numbers(refused)})" if refused else ""
+    among = f", of those for which no gate holds (it does for iteration {format_ranges(refused)})" if refused else ""
     return [f"The best checkpoint by {name}{among} is {_policy(best)}."]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.insight.report.data import RunReport, StageRow
 from pipelines.run.metrics import COLUMNS, is_further_scorer
-from pipelines.text import numbers
+from pipelines.text import format_ranges
 
 GAP_SECONDS = 30.0
 """Gaps without a running stage are not shortened below this duration."""
@@ -149,7 +149,7 @@ def _idle(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _where(row: StageRow) -> str:
     """The pool and the exclusive devices of a stage, in words."""
-    return f"{row.pool} {numbers(row.given)}".strip() if row.given else row.pool
+    return f"{row.pool} {format_ranges(row.given)}".strip() if row.given else row.pool
 
 
 def _parts(row: StageRow, span: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE
-from pipelines.text import say
+from pipelines.text import echo
 
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
@@ -166,7 +166,7 @@ def view(console: Console, open_run: Callable[[], tuple[RunDirectory, Graph]], p
     else:
         server = make_server(live, port)
     bound = server.server_address[1]
-    say(
+    echo(
         console,
         f"http://{HOST}:{bound}/ (Ctrl-C ends it)",
         f"From another machine: ssh -L {bound}:{HOST}:{bound} {socket.gethostname()}",

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from contracts.operations import Operations
-from pipelines.config.executor import HERE
-from pipelines.config.selecting import ARRAYS
+from pipelines.config.executor import LOCAL_KINDS
+from pipelines.config.selecting import ARRAY_KINDS
 from pipelines.graph import Graph, Node
 from pipelines.planning.prediction import Basis, Prediction
 from pipelines.planning.profiles import analytic
@@ -114,10 +114,10 @@ class ProfilePredictor:
         self._parallel = parallel
         self._warm = warm
         self._cores = cores
-        self._finished = (*ARRAYS, *(("training",) if detached else ()))
+        self._finished = (*ARRAY_KINDS, *(("training",) if detached else ()))
         self._rows: dict[tuple[str, str], list[Profile]] = {}
         for row in reversed(latest_of_each(profiles)):
-            if row.executor not in HERE:
+            if row.executor not in LOCAL_KINDS:
                 if row.finish is None:
                     continue  # written by an earlier version, whose `start` includes the queue of another job
                 row = msgspec.structs.replace(row, first=True, expected=True)  # jobs do not share processes
@@ -146,8 +146,8 @@ class ProfilePredictor:
             load=costs.load,
             start=costs.start,
             handoff=costs.handoff,
-            queue=0.0 if task.executor in HERE else self._queue(task),
-            finish=self._finish(task) if task.executor not in HERE and node.workload in self._finished else 0.0,
+            queue=0.0 if task.executor in LOCAL_KINDS else self._queue(task),
+            finish=self._finish(task) if task.executor not in LOCAL_KINDS and node.workload in self._finished else 0.0,
             memory=peak,
             basis=judged.basis,
             error=error,
@@ -176,8 +176,8 @@ class ProfilePredictor:
             work=amount.work,
             rows=amount.rows,
             bytes=amount.bytes,
-            first=first or executor not in HERE,
-            loaded=loaded or not self._warm or executor not in HERE,
+            first=first or executor not in LOCAL_KINDS,
+            loaded=loaded or not self._warm or executor not in LOCAL_KINDS,
         )
 
     def _judged(self, task: Task) -> tuple[_Judged, float, str] | None:
@@ -214,8 +214,8 @@ class ProfilePredictor:
         tier = min(tiers)
         near = sorted(tiers[tier], key=lambda row: self._distance(task, row))[:NEAREST]
         ratios = [self._ratios(task, row) for row in near]
-        begun = (task.first, task.executor in HERE)
-        alike = any((row.first, row.executor in HERE) == begun for row in _begun_as(task, near))
+        begun = (task.first, task.executor in LOCAL_KINDS)
+        alike = any((row.first, row.executor in LOCAL_KINDS) == begun for row in _begun_as(task, near))
         return _Judged(
             Costs(
                 start=self._start(task, near),
@@ -266,7 +266,7 @@ class ProfilePredictor:
             if alike := [row.start for row in same if several or row.first == task.first]:
                 return _median(alike)
         known = _median(row.start for row in near)
-        if task.first or several or task.executor not in HERE:
+        if task.first or several or task.executor not in LOCAL_KINDS:
             known = max([known, self._starting(task), *(row.start for row in of_package if row.first)])
         return known * self._crowding(task)
 

@@ -12,7 +12,7 @@ from contracts.hardware import processor
 from contracts.manifest import Manifest
 from contracts.operations import Operations
 from contracts.outlook import Outlook
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import GraphOutlook, memory
 from pipelines.planning.profiles.datasheets import device_here, matching
@@ -198,7 +198,9 @@ def profile_of(
     on_gpu = _on_gpu(node, manifest)
     amount = amount_of(node, graph, on_gpu=on_gpu)
     work = amount.work
-    spent = _spent(seconds, timing, 1 if work is None or work.kind == "training" else work.layout.dp, executor in HERE)
+    spent = _spent(
+        seconds, timing, 1 if work is None or work.kind == "training" else work.layout.dp, executor in LOCAL_KINDS
+    )
     if spent is None:
         return None
     device = _device(manifest, on_gpu=on_gpu)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from contracts.errors import UserError
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node, Placement
@@ -59,7 +59,7 @@ class SearchedRun:
     def is_jobs(self) -> bool:
         """Whether every stage that uses devices runs as a scheduler's jobs, so that plans assign no devices."""
         heavy = [node for node in self.graph.nodes.values() if node.stage.uses_devices(node.config)]
-        return bool(heavy) and not any(self.config.executor.entry(node).kind in HERE for node in heavy)
+        return bool(heavy) and not any(self.config.executor.entry(node).kind in LOCAL_KINDS for node in heavy)
 
     @functools.cached_property
     def on_gpu(self) -> bool:
@@ -67,7 +67,7 @@ class SearchedRun:
         cluster = self.cluster_of(self.config)
         if not self.is_jobs:
             return cluster.gpus > 0
-        return cluster.scheduler_has_gpus and self.config.executor.asks_gpus
+        return cluster.scheduler_has_gpus and self.config.executor.requests_gpus
 
     def with_section(self, section: PlacementSection) -> RunConfig:
         """Copy the config with another plan."""
@@ -214,7 +214,7 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
             needed = 0  # it uses CPU memory
         room = int((estimate.share if estimate is not None else 1.0) * setting.device.bytes)
         sizes[name] = needed
-        if needed > room and room_of_all and (setting.is_jobs or cluster.executor.entry(node).kind in HERE):
+        if needed > room and room_of_all and (setting.is_jobs or cluster.executor.entry(node).kind in LOCAL_KINDS):
             raise ImpossiblePlanError(f"{name} needs {size(needed)} of {size(room)} on {setting.device.name}.")
     order = in_order(graph, config)
     most = most_together(order, sizes, setting.beside(streaming=section.streaming), cluster, room_of_all)
@@ -264,7 +264,7 @@ def most_together(
         return max(sizes.values(), default=0)
     places = {node.name: node.placement for node in order}
     names = sorted(
-        (name for name, place in places.items() if sizes[name] and place is not None and place.executor in HERE),
+        (name for name, place in places.items() if sizes[name] and place is not None and place.executor in LOCAL_KINDS),
         key=lambda name: -sizes[name],
     )
     at_once = len(names)

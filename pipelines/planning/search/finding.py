@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from contracts.errors import UserError
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import STRATEGIES
 from pipelines.graph import Node
 from pipelines.iteration import build_graph
@@ -21,7 +21,7 @@ from pipelines.planning.search.evaluation import (
 )
 from pipelines.planning.search.exploring import BestPlan, bound, explore
 from pipelines.planning.search.plans import fixed_section, jobs_section, section_of
-from pipelines.text import lasting, plural
+from pipelines.text import format_duration, plural
 
 AS_WRITTEN = "as written"
 """Name of the config's own plan, if it is not one of the plain strategies."""
@@ -242,13 +242,15 @@ def _choice(
 
 
 def _less(comparison: PlanComparison, than: str) -> str:
-    return f"it is expected to take {lasting(comparison.gain)} less than {than}, ± {lasting(comparison.error)}"
+    gain, error = format_duration(comparison.gain), format_duration(comparison.error)
+    return f"it is expected to take {gain} less than {than}, ± {error}"
 
 
 def _doubted(comparison: PlanComparison, than: str) -> str:
+    gain, error = format_duration(comparison.gain), format_duration(comparison.error)
     return (
-        f"is expected to take {lasting(comparison.gain)} less than {than}, but the predictions may be wrong by ± "
-        f"{lasting(comparison.error)}: it is the faster one {_draws_won(comparison)}, and {SURE:.0%} are asked for"
+        f"is expected to take {gain} less than {than}, but the predictions may be wrong by ± {error}: it is the faster "
+        f"one {_draws_won(comparison)}, and {SURE:.0%} are asked for"
     )
 
 
@@ -278,7 +280,7 @@ def where(run: ExpectedRun) -> dict[str, str]:
     for node in run.simulation.order:
         if not node.stage.uses_devices(node.config) or node.placement is None:
             continue
-        if node.placement.executor in HERE:
+        if node.placement.executor in LOCAL_KINDS:
             found[node.role] = f"{_devices(node.placement.devices, run)}{_layout(node)}"
         else:
             found[node.role] = f"{node.placement.executor}{_layout(node)}"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from contracts.errors import UserError
 from contracts.outlook import Memory
-from pipelines.config.executor import HERE
+from pipelines.config.executor import LOCAL_KINDS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
@@ -93,7 +93,7 @@ def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[Ro
 def _by_role(graph: Graph, cluster: Cluster, *, here: bool) -> dict[str, tuple[Node, ...]]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
-        if node.stage.uses_devices(node.config) and (cluster.executor.entry(node).kind in HERE) == here:
+        if node.stage.uses_devices(node.config) and (cluster.executor.entry(node).kind in LOCAL_KINDS) == here:
             found.setdefault(node.role, []).append(node)
     return {role: tuple(nodes) for role, nodes in found.items()}
 
@@ -201,7 +201,7 @@ class Options:
 
     def _place(self, node: Node, layout: Layout, given: Placement) -> Node:
         cluster = self._clusters[given.exclusive]
-        written = written_sizes(node, cluster.placement) if given.executor not in HERE else {}
+        written = written_sizes(node, cluster.placement) if given.executor not in LOCAL_KINDS else {}
         return place_stage(node, node.placement or given, {**written, **dict(layout)}, cluster)
 
     def _placed(self, call: RoleStages, layout: Layout, given: Placement) -> Node | None:

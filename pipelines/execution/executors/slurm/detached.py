@@ -47,7 +47,7 @@ from pipelines.run.events import RunEnded, RunStarted, StageSubmitted
 from pipelines.run.gates import decision_after
 from pipelines.run.superseded import finish_deletions
 from pipelines.run.verdicts import Verdict, verdicts
-from pipelines.text import plural, say
+from pipelines.text import echo, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,15 +68,15 @@ def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
     to_run = [name for name, verdict in plan.items() if not verdict.reuse]
     new = submit_all(site, plan)
     for name, jobs in new.items():
-        say(console, f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})")
+        echo(console, f"submit {name}  (job {', '.join(jobs.ids)}; {plan[name].reason})")
     if not to_run:
-        say(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
+        echo(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
         run.record(RunEnded(outcome="finished"))
         return
     count = plural(sum(len(jobs.ids) for jobs in new.values()), "job")
     under_way = plural(len(to_run) - len(new), "stage")
     also = f"; {under_way} under way already" if len(to_run) > len(new) else ""
-    say(
+    echo(
         console,
         f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. Nothing of it runs here. "
         f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",

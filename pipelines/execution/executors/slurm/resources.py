@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contracts.declaration import Workload
-from pipelines.config.executor import TASKS, ExecutorKind, ExecutorSection, StageSection
-from pipelines.config.selecting import ARRAYS
+from pipelines.config.executor import DEFAULT_TASKS, ExecutorKind, ExecutorSection, StageSection
+from pipelines.config.selecting import ARRAY_KINDS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.estimates import memory
 
@@ -53,7 +53,7 @@ class Resources:
     @property
     def is_array(self) -> bool:
         """Whether it is a job array, followed by a finishing job."""
-        return self.executor == "slurm" and self.kind in ARRAYS
+        return self.executor == "slurm" and self.kind in ARRAY_KINDS
 
 
 def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = None) -> Resources:
@@ -72,7 +72,7 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
     return _filled(
         entry,
         kind,
-        tasks=(entry.tasks or TASKS) if kind in ARRAYS else 1,
+        tasks=(entry.tasks or DEFAULT_TASKS) if kind in ARRAY_KINDS else 1,
         nodes=layout.nodes,
         gpus=gpus,
         cpus=entry.cpus or (CPUS_PER_GPU * gpus if gpus else processes),
@@ -84,7 +84,7 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
 
 def finishing(executor: ExecutorSection) -> Resources:
     """The request of the small job that finishes a heavy stage: like that of a light stage, and always on Slurm."""
-    entry = executor.finishing_entry().model_copy(update={"kind": "slurm"})
+    entry = executor.finalizing_entry().model_copy(update={"kind": "slurm"})
     return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
 
 

@@ -34,7 +34,7 @@ from pipelines.execution.executors.slurm.resources import (
 from pipelines.execution.executors.slurm.scheduler import mark_of
 from pipelines.execution.executors.slurm.task import Duty, start_again
 from pipelines.graph import Graph, Node
-from pipelines.text import say
+from pipelines.text import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +149,7 @@ def write_dry_run(
     content = {"run": str(graph.directory), "detached": detached, "stages": stages, "total": sums}
     (folder / "graph.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _print(console, [stage for stage in stages if stage["name"] in runs])
-    say(console, f"written: {folder}/sbatch, resolved.yaml, graph.json")
+    echo(console, f"written: {folder}/sbatch, resolved.yaml, graph.json")
 
 
 HOURS = ("gpu_hours", "cpu_hours")
