@@ -6,9 +6,9 @@ from huggingface_hub import HfApi, get_token
 
 from contracts.preflight import Finding
 from pipelines.config.sections import HubSection
-from pipelines.hub.failures import PushError, persistently
-from pipelines.hub.parcels import Kind
+from pipelines.hub.failures import PushError, with_retries
 from pipelines.hub.remote import Remote
+from pipelines.hub.uploads import Kind
 
 LOGIN = "Set HF_TOKEN to one that may write, or `hf auth login`."
 
@@ -19,7 +19,7 @@ def check_access(section: HubSection) -> Iterator[Finding]:
         yield Finding("error", "no token of the Hugging Face Hub was found, and hub says to push there", LOGIN)
         return
     try:
-        account = persistently(lambda: HfApi().whoami(), "huggingface.co", patience=lambda: 5.0)
+        account = with_retries(lambda: HfApi().whoami(), "huggingface.co", patience=lambda: 5.0)
     except PushError as error:
         if error.failure.lasts:
             yield Finding("error", str(error), LOGIN)
@@ -33,7 +33,7 @@ def check_access(section: HubSection) -> Iterator[Finding]:
         return
     spaces = {account["name"], *(org["name"] for org in account.get("orgs", []))}
     for repo, kind in repos(section):
-        yield _of_repo(repo, kind, spaces, account["name"])
+        yield _check_repo(repo, kind, spaces, account["name"])
 
 
 def repos(section: HubSection) -> Iterator[tuple[str, Kind]]:
@@ -45,7 +45,7 @@ def repos(section: HubSection) -> Iterator[tuple[str, Kind]]:
             yield repo, "dataset"
 
 
-def _of_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
+def _check_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
     remote, space = Remote(repo, kind), repo.partition("/")[0]
 
     def ask() -> str:
@@ -60,6 +60,6 @@ def _of_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
         fix = f"Name it {name}/{repo.partition('/')[2]}, or use the token of a member of {space}."
         return Finding("error", f"hub says to push to {repo}, but {name} is not a member of {space}", fix)
     try:
-        return Finding("ok", f"{repo} {persistently(ask, repo, patience=lambda: 5.0)}")
+        return Finding("ok", f"{repo} {with_retries(ask, repo, patience=lambda: 5.0)}")
     except PushError as error:
         return Finding("error" if error.failure.lasts else "warning", str(error))

@@ -44,7 +44,7 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
 
     pusher = Pusher(run, section, patience)
     seen, last = -1, False
-    with pusher.alone():
+    with pusher.exclusive():
         while not last:
             last = ended.wait(POLL_SECONDS)
             size = (run.path / FILE).stat().st_size

@@ -11,7 +11,7 @@ from contracts import yaml_text
 from contracts.artifacts import Artifact
 from contracts.manifest import Manifest
 from pipelines.graph import name_of, sampled_from, tag_of
-from pipelines.hub.story import Story, public
+from pipelines.hub.published_run import PublishedRun, public
 from pipelines.run.metrics import COLUMNS, is_further_scorer, ranking_metric
 from pipelines.text import plural
 
@@ -32,23 +32,23 @@ LIMITS = """\
 """
 
 
-def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest) -> str:
+def checkpoint_card(published: PublishedRun, repo: str, iteration: int, manifest: Manifest) -> str:
     """The card of a checkpoint."""
     config = manifest.key_parts["config"]
-    base, sources = _name(story.config.policy), _sources(story)
+    base, sources = _name(published.config.policy), _sources(published)
     algorithm = public(config.get("algorithm", "sft"))
     meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if is_on_hub(story.config.policy):
+    if is_on_hub(published.config.policy):
         meta["base_model"] = base.partition("@")[0]
     data = [name.removeprefix("hf:") for name in sources.values() if name.startswith("hf:")]
-    data = [re.split("[:@]", name)[0] for name in data] + [name for name in (story.section.pairs,) if name]
+    data = [re.split("[:@]", name)[0] for name in data] + [name for name in (published.section.pairs,) if name]
     if data:
         meta["datasets"] = sorted(set(data))
     meta["tags"] = ["ratchet", "rlhf", algorithm]
     kind = "The initial policy" if iteration == 0 else f"The policy after iteration {iteration}"
     lines = [
-        f"# {story.name}, iteration {iteration}",
-        f"{kind} of the run `{story.name}`: iterative online RLHF with Ratchet, by the algorithm `{algorithm}`. "
+        f"# {published.name}, iteration {iteration}",
+        f"{kind} of the run `{published.name}`: iterative online RLHF with Ratchet, by the algorithm `{algorithm}`. "
         "Every iteration has a tag.",
         _code(f"""\
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,13 +56,13 @@ def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest)
             model = AutoModelForCausalLM.from_pretrained("{repo}", revision="iteration-{iteration}")
             tokenizer = AutoTokenizer.from_pretrained("{repo}", revision="iteration-{iteration}")"""),
         "## Where it comes from",
-        _list(_parents(story, iteration, base, sources)),
+        _list(_parents(published, iteration, base, sources)),
         "## What it was trained on",
-        _list(_trained_on(story, iteration, manifest)),
+        _list(_trained_on(published, iteration, manifest)),
         "## How it was trained",
         _table(("setting", "value"), _settings(config)),
-        *_figures(story, iteration),
-        *_dropped(story, iteration),
+        *_figures(published, iteration),
+        *_dropped(published, iteration),
         "## Limits",
         LIMITS.rstrip(),
         "## Provenance",
@@ -77,13 +77,13 @@ def checkpoint_card(story: Story, repo: str, iteration: int, manifest: Manifest)
     return _card(meta, lines)
 
 
-def pairs_card(story: Story, repo: str, iteration: int) -> str:
+def pairs_card(published: PublishedRun, repo: str, iteration: int) -> str:
     """The card of the preference pairs of all iterations up to this one."""
     about = (
         "preference pairs: two answers of the policy to a prompt, the better one `chosen`, with both scores and the "
-        f"tokens. Each iteration's pairs are made of answers of {_older(story.config.lag)}."
+        f"tokens. Each iteration's pairs are made of answers of {_older(published.config.lag)}."
     )
-    found = [(number, story.published(name_of(number, "pairs"))) for number in range(iteration + 1)]
+    found = [(number, published.find(name_of(number, "pairs"))) for number in range(iteration + 1)]
     ready = [(number, pairs) for number, pairs in found if pairs is not None]
     names = ("margin_mean", "chosen_score_mean", "rejected_score_mean", "chosen_tokens_mean", "rejected_tokens_mean")
     rows = [
@@ -97,15 +97,15 @@ def pairs_card(story: Story, repo: str, iteration: int) -> str:
     titles = ("split", "pairs", "margin", "chosen score", "rejected score", "chosen tokens", "rejected tokens")
     settings = ready[-1][1].manifest.key_parts["config"]
     how = ["## How they were chosen", _table(("setting", "value"), _settings(settings))]
-    return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
+    return _data_card(published, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
 
 
-def rollouts_card(story: Story, repo: str, iteration: int) -> str:
+def rollouts_card(published: PublishedRun, repo: str, iteration: int) -> str:
     """The card of the rollouts of all iterations up to this one."""
     which = (
         "the answers of the policy to those training prompts that it was trained on: prompts whose answers all score "
         "the same were replaced by others"
-        if story.selects
+        if published.selects_rollouts
         else "all answers that the policy gave to the training prompts"
     )
     about = (
@@ -114,14 +114,14 @@ def rollouts_card(story: Story, repo: str, iteration: int) -> str:
         "for each scorer one number per answer; `score_parts`, where there are any, are the numbers that a score "
         "is composed of."
     )
-    found = [(number, story.published(name_of(number, story.answers))) for number in range(iteration + 1)]
+    found = [(number, published.find(name_of(number, published.rollouts_stage))) for number in range(iteration + 1)]
     ready = [(number, rollouts) for number, rollouts in found if rollouts is not None]
     names = ("completions", "response_tokens", "response_length", "stop_rate")
     rows = [_split(number, rollouts, names) for number, rollouts in ready]
     titles = ("split", "prompts", "answers", "tokens", "tokens per answer", "share that ended before the limit")
-    settings = story.made(name_of(ready[-1][0], "generation")).manifest.key_parts["config"]
+    settings = published.artifact(name_of(ready[-1][0], "generation")).manifest.key_parts["config"]
     how = ["## How they were sampled", _table(("setting", "value"), _settings(settings))]
-    return _data_card(story, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
+    return _data_card(published, repo, iteration, about, [number for number, _ in ready], _table(titles, rows), how)
 
 
 def _split(number: int, artifact: Artifact, names: Iterable[str]) -> tuple[str, ...]:
@@ -131,16 +131,16 @@ def _split(number: int, artifact: Artifact, names: Iterable[str]) -> tuple[str, 
 
 
 def _data_card(
-    story: Story, repo: str, iteration: int, about: str, splits: list[int], rows: str, how: list[str]
+    published: PublishedRun, repo: str, iteration: int, about: str, splits: list[int], rows: str, how: list[str]
 ) -> str:
     files = [{"split": f"iteration_{number}", "path": f"data/iteration_{number}.parquet"} for number in splits]
     tags = ["ratchet", "rlhf", *(["preference"] if "preference" in about else [])]
     meta = {"configs": [{"config_name": "default", "data_files": files}], "tags": tags}
-    base, sources = _name(story.config.policy), _sources(story)
-    model = [f"the checkpoints: `{story.section.model}`, with the same tags"] if story.section.model else []
+    base, sources = _name(published.config.policy), _sources(published)
+    model = [f"the checkpoints: `{published.section.model}`, with the same tags"] if published.section.model else []
     lines = [
         f"# {repo.partition('/')[2]}",
-        f"From the run `{story.name}` (iterative online RLHF with Ratchet): {about}",
+        f"From the run `{published.name}` (iterative online RLHF with Ratchet): {about}",
         _code(f"""\
             from datasets import load_dataset
 
@@ -150,8 +150,8 @@ def _data_card(
         "## Where they come from",
         _list([f"initial policy: {_shown(base)}", *(f"{n}: {_shown(s)}" for n, s in sources.items()), *model]),
         *how,
-        *_figures(story, iteration),
-        *_dropped(story, iteration),
+        *_figures(published, iteration),
+        *_dropped(published, iteration),
         "## Limits",
         "- The answers are a model's, unread by people: they may be wrong, offensive or nonsense.\n"
         "- The scores are those of the scorers named above, with all their mistakes; no person has checked them.\n"
@@ -176,9 +176,9 @@ def _name(model: str) -> str:
     return f"{Path(model).name} (a local path)"
 
 
-def _sources(story: Story) -> dict[str, str]:
+def _sources(published: PublishedRun) -> dict[str, str]:
     """The sources of prompts and demonstrations by what they are for; those on the Hub begin with hf:."""
-    config = story.config
+    config = published.config
     prompts = config.prompts
     found = {
         "training prompts" + (f" ({name})" if prompts.mixture else ""): str(section.source)
@@ -199,10 +199,10 @@ def _shown(name: str) -> str:
     return f"{name.removeprefix('world:')} of the toy task" if name.startswith("world:") else f"`{name}`"
 
 
-def _parents(story: Story, iteration: int, base: str, sources: dict[str, str]) -> Iterator[str]:
-    config = story.config
+def _parents(published: PublishedRun, iteration: int, base: str, sources: dict[str, str]) -> Iterator[str]:
+    config = published.config
     if iteration:
-        decided = story.decided(iteration - 1)
+        decided = published.gate_decision(iteration - 1)
         start = decided.start if decided is not None else iteration - 1
         before = "the initial policy" if start == 0 or config.start == "initial" else f"`{tag_of(start)}`"
         yield f"trained from {before}, and held close to {REFERENCES[config.reference]}"
@@ -234,17 +234,17 @@ def _older(lag: int) -> str:
     return f"a policy {plural(lag, 'iteration')} older than the one before it" if lag else "the policy before it"
 
 
-def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[str]:
+def _trained_on(published: PublishedRun, iteration: int, manifest: Manifest) -> Iterator[str]:
     """The training data of an iteration, in sentences with figures from its stages."""
     ledger = manifest.ledger
     if not iteration:
         yield plural(ledger.kept, ledger.unit.removesuffix("s"))
         return
-    for name, artifact in story.stages(iteration):
+    for name, artifact in published.stages(iteration):
         facts, settings = artifact.manifest.facts, artifact.manifest.key_parts["config"]
         if name == "generation":
             heat = ", ".join(f"{value:g}" for value in settings["temperatures"])
-            whose = _sampler(iteration, story.config.at(iteration).lag)
+            whose = _sampler(iteration, published.config.at(iteration).lag)
             yield (
                 f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which {whose} sampled "
                 f"at temperature {heat}: {_number(facts.get('response_tokens'))} tokens"
@@ -267,7 +267,7 @@ def _trained_on(story: Story, iteration: int, manifest: Manifest) -> Iterator[st
                 f"{_number(facts.get('samples'))} of these answers with their rewards; mean reward "
                 f"{_number(facts.get('reward_mean'))}, KL penalty {_number(facts.get('kl_coefficient')) or 'none'}"
             )
-    config = story.config.at(iteration)
+    config = published.config.at(iteration)
     if config.accumulate and iteration > 1:
         yield "and the pairs of all earlier iterations"
     if config.replay is not None and iteration > 1:
@@ -283,20 +283,20 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"`{json.dumps(public(value))}`"
 
 
-def _figures(story: Story, iteration: int) -> list[str]:
+def _figures(published: PublishedRun, iteration: int) -> list[str]:
     """The section with the held-out metrics by iteration."""
-    rows = list(story.metrics(iteration))
+    rows = list(published.metrics(iteration))
     known = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     known += sorted({name for row in rows for name in row if is_further_scorer(name)})
     titles = ("iteration", *(COLUMNS.get(name, name.removesuffix("_mean")) for name in known))
     table = _table(titles, [(str(row["iteration"]), *(_number(row.get(name)) for name in known)) for row in rows])
-    best = f"The best so far by `{ranking_metric(rows[0])}`: `{tag_of(story.best(iteration))}`." if rows else ""
+    best = f"The best so far by `{ranking_metric(rows[0])}`: `{tag_of(published.best(iteration))}`." if rows else ""
     return ["## Figures on held-out prompts", table, *filter(None, [best])]
 
 
-def _dropped(story: Story, iteration: int) -> list[str]:
+def _dropped(published: PublishedRun, iteration: int) -> list[str]:
     """The section with the ledgers: the rows that each stage kept, and those that it dropped by reason."""
-    stages = [*story.setup(), *((f"iteration {iteration}: {name}", a) for name, a in story.stages(iteration))]
+    stages = [*published.setup(), *((f"iteration {iteration}: {name}", a) for name, a in published.stages(iteration))]
     return ["## What was dropped", _table(("stage", "in", "kept", "dropped"), (_row(*stage) for stage in stages))]
 
 
@@ -321,7 +321,7 @@ def _card(meta: dict[str, Any], parts: list[str]) -> str:
     return _signed(f"---\n{yaml_text.dump(meta)}---\n\n{text}\n")
 
 
-def is_own(card: str) -> bool:
+def is_unedited(card: str) -> bool:
     """Whether a card was written by (any version of) this module and has not been edited since."""
     body, mark, _ = card.rpartition(MARK)
     return bool(mark) and card == _signed(body)

@@ -28,29 +28,29 @@ def push_command(options: argparse.Namespace) -> int:
     pusher = Pusher(run, section_of(run, options.overrides))
     found: list[Pushed] = []
 
-    def tell(news: "Pushed") -> None:
-        found.append(news)
+    def report(outcome: "Pushed") -> None:
+        found.append(outcome)
         if not options.json:
-            print(line_of(news), flush=True)
+            print(line_of(outcome), flush=True)
 
-    pusher.trouble = lambda failure: print(failure.text, file=sys.stderr, flush=True)
+    pusher.on_failure = lambda failure: print(failure.text, file=sys.stderr, flush=True)
     if options.dry_run:
-        for news in pusher.plan(only=options.iteration):
-            tell(news)
+        for outcome in pusher.plan(only=options.iteration):
+            report(outcome)
     else:
-        with pusher.alone(wait=False):
-            for news in pusher.push(only=options.iteration):
-                tell(news)
+        with pusher.exclusive(wait=False):
+            for outcome in pusher.push(only=options.iteration):
+                report(outcome)
             if options.iteration is None and run.holder() is None:
-                for news in pusher.report():
-                    tell(news)
+                for outcome in pusher.report():
+                    report(outcome)
     if options.json:
-        print(json.dumps([news.as_data() for news in found], indent=1))
+        print(json.dumps([outcome.as_data() for outcome in found], indent=1))
     elif not found:
         what = "nothing" if options.iteration is None else f"no iteration {options.iteration}"
         print(f"{options.run} has {what} to push yet: an iteration is pushed when its policy has been evaluated.")
-    failed = [news for news in found if news.state == "failed"]
-    return max((UserError.exit_code if news.lasts else FAILED for news in failed), default=0)
+    failed = [outcome for outcome in found if outcome.state == "failed"]
+    return max((UserError.exit_code if outcome.lasts else FAILED for outcome in failed), default=0)
 
 
 def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
@@ -59,11 +59,11 @@ def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
     Raises:
         UserError: no repo is given, or an override is not valid.
     """
-    if other := [text for text in overrides if not text.startswith("hub.")]:
-        raise UserError(f"{other[0]}: only keys of the section `hub` can be set here, such as hub.model=ORG/NAME.")
+    if others := [text for text in overrides if not text.startswith("hub.")]:
+        raise UserError(f"{others[0]}: only keys of the section `hub` can be set here, such as hub.model=ORG/NAME.")
     section = run.config.hub
-    said = {"hub": section.model_dump(exclude_unset=True) if section is not None else {}}
-    found = validate(HubSection, apply_overrides(said, overrides)["hub"], "pipeline push").of(run.path.name)
+    settings = {"hub": section.model_dump(exclude_unset=True) if section is not None else {}}
+    found = validate(HubSection, apply_overrides(settings, overrides)["hub"], "pipeline push").of(run.path.name)
     if not (found.model or found.pairs or found.rollouts):
         raise UserError(
             f"{run.path} has no repo on the Hub to push to. Give hub.model=ORG/NAME (and hub.pairs, "
@@ -72,10 +72,10 @@ def section_of(run: RunDirectory, overrides: list[str]) -> HubSection:
     return found
 
 
-def line_of(news: "Pushed") -> str:
+def line_of(outcome: "Pushed") -> str:
     """The outcome as one line for a terminal."""
-    place = f"{news.what} of the {'model' if news.kind == 'model' else 'data set'} {news.repo}"
-    if news.state == "failed":
-        return f"FAILED           {place}: {news.error}"
-    commit = f"  ({news.commit[:12]})" if news.commit else ""
-    return f"{news.state:<16} {place}{commit}"
+    place = f"{outcome.what} of the {'model' if outcome.kind == 'model' else 'data set'} {outcome.repo}"
+    if outcome.state == "failed":
+        return f"FAILED           {place}: {outcome.error}"
+    commit = f"  ({outcome.commit[:12]})" if outcome.commit else ""
+    return f"{outcome.state:<16} {place}{commit}"

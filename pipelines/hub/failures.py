@@ -13,16 +13,16 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from contracts.errors import UserError, as_user_error, is_transient, system_code
 from contracts.secrets import TOKEN
-from pipelines.hub.parcels import DamagedError
 from pipelines.hub.remote import RefusedError
+from pipelines.hub.uploads import DamagedError
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-TOLD_AFTER = 20.0
+REPORT_AFTER = 20.0
 """Seconds of failing after which a failure is reported although it is still being retried."""
-TRY_AGAIN = (408, 409, 412, 425, 429)
+RETRIED_STATUSES = (408, 409, 412, 425, 429)
 """HTTP statuses worth a retry; 412 means a stale parent commit: another commit came in between."""
-LATER = "The request is retried for a while; `pipeline push` tries again later."
+RETRY_NOTE = "The request is retried for a while; `pipeline push` tries again later."
 FIXES = {
     401: "The Hub refuses the token. Give a valid one (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
     403: "The token may not write there. Give one that may (HF_TOKEN, or `hf auth login`), then `pipeline push`.",
@@ -49,20 +49,20 @@ class PushError(Exception):
         self.failure = failure
 
 
-def persistently(
+def with_retries(
     action: Callable[[], T],
     repo: str,
     patience: Callable[[], float],
-    tell: Callable[[Failure], object] = lambda failure: None,
-    at_once: Callable[[Failure], object] = lambda failure: None,
+    on_delay: Callable[[Failure], object] = lambda failure: None,
+    on_first_failure: Callable[[Failure], object] = lambda failure: None,
 ) -> T:
     """Call an idempotent action until it succeeds, with exponential backoff.
 
     Args:
         action: has to look first at what an earlier call has already done.
         patience: returns for how many seconds to retry; called before every retry.
-        tell: called with each failure after `TOLD_AFTER` seconds of retrying.
-        at_once: called with the first failure.
+        on_delay: called with each failure after `REPORT_AFTER` seconds of retrying.
+        on_first_failure: called with the first failure.
 
     Raises:
         PushError: the failure is permanent, or the patience has run out.
@@ -77,10 +77,10 @@ def persistently(
             if failure.lasts or time.monotonic() + wait - start > patience():
                 raise PushError(failure) from error
         if is_first:
-            at_once(failure)
+            on_first_failure(failure)
             is_first = False
-        if time.monotonic() - start > TOLD_AFTER:
-            tell(failure)
+        if time.monotonic() - start > REPORT_AFTER:
+            on_delay(failure)
         time.sleep(wait)
         pause = min(LONGEST_PAUSE, 2 * pause)
 
@@ -106,20 +106,20 @@ def failure_of(error: Exception, repo: str) -> Failure:
             return _refusal(found, repo)
     for found in chain:
         if is_transient(found) or type(found).__module__.partition(".")[0] in ("httpx", "httpx2"):
-            text = f"{repo}: the Hub could not be reached: {_said(found)}. {LATER}"
+            text = f"{repo}: the Hub could not be reached: {_message_of(found)}. {RETRY_NOTE}"
             return Failure(text, lasts=False)
     raise error
 
 
 def _refusal(error: HfHubHTTPError, repo: str) -> Failure:
     status = error.response.status_code
-    if status in TRY_AGAIN or status >= 500:
-        text = f"{repo}: the Hub answers {status}: {_said(error)}. {LATER}"
+    if status in RETRIED_STATUSES or status >= 500:
+        text = f"{repo}: the Hub answers {status}: {_message_of(error)}. {RETRY_NOTE}"
         return Failure(text, lasts=False, pause=_asked_pause(error))
     if status == 404 and not isinstance(error, RepositoryNotFoundError):
-        return Failure(f"{repo}: the Hub answers {status}: {_said(error)}.", lasts=False)  # deleted meanwhile
+        return Failure(f"{repo}: the Hub answers {status}: {_message_of(error)}.", lasts=False)  # deleted meanwhile
     fix = FIXES.get(status, "")
-    return Failure(f"{repo}: the Hub answers {status}: {_said(error)}. {fix}".rstrip(), lasts=True)
+    return Failure(f"{repo}: the Hub answers {status}: {_message_of(error)}. {fix}".rstrip(), lasts=True)
 
 
 def _asked_pause(error: HfHubHTTPError) -> float:
@@ -140,7 +140,7 @@ def _causes(error: BaseException | None) -> Iterator[Exception]:
         error = error.__cause__ or error.__context__
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """The message of an error in one line, without tokens and without the signatures in URLs."""
-    said = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
-    return re.sub(r"\?\S+", "?...", TOKEN.sub("(hidden)", said)).rstrip(". ")
+    message = getattr(error, "server_message", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"\?\S+", "?...", TOKEN.sub("(hidden)", message)).rstrip(". ")

@@ -55,13 +55,13 @@ class _Process:
     def __init__(self, config: RunConfig) -> None:
         argv = ["-P", "-m", "annotation.rollouts_parquet"]
         command, variables = launch_command(config.environments.annotation, "annotation", argv)
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it is read when the process has ended
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it is read when the process has ended
         self._process = subprocess.Popen(
             command,
             env=stage_environment(variables),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
         )
 
     def ask(self, request: bytes) -> bytes:
@@ -78,12 +78,12 @@ class _Process:
     def log_tail(self) -> str:
         """Wait for the end of the process, and return the last line of its stderr."""
         code = self._process.wait()
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return f"{lines[-1] if lines else 'its process wrote no message'} (exit code {code})"
 
     def end(self) -> None:
         """Kill the process. Files for which it has answered are complete."""
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()

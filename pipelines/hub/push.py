@@ -10,10 +10,10 @@ from typing import Any, Literal
 from contracts.errors import UserError
 from contracts.locks import locked, try_lock
 from pipelines.config.sections import HubSection
-from pipelines.hub.failures import Failure, PushError, persistently
-from pipelines.hub.parcels import LOG, REPORT, Kind, Parcel, parcels, report_files
+from pipelines.hub.failures import Failure, PushError, with_retries
 from pipelines.hub.parquet import RolloutsWriter
 from pipelines.hub.remote import Remote
+from pipelines.hub.uploads import LOG, REPORT, Kind, Upload, report_files, uploads
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, HubPushed, HubPushFailed, pushed_to_hub
 
@@ -46,7 +46,7 @@ class Pusher:
 
     def __init__(self, run: RunDirectory, section: HubSection, patience: Callable[[], float] | None = None) -> None:
         """`patience` returns for how many seconds to retry a request; by default the section's `patience_seconds`."""
-        self.trouble: Callable[[Failure], object] = lambda failure: None
+        self.on_failure: Callable[[Failure], object] = lambda failure: None
         """Called with the first failure of a request, at once, for callers that a user is watching."""
         self.run = run
         self.section = section
@@ -56,7 +56,7 @@ class Pusher:
         self._writer = RolloutsWriter(run)
 
     @contextlib.contextmanager
-    def alone(self, *, wait: bool = True) -> Iterator[None]:
+    def exclusive(self, *, wait: bool = True) -> Iterator[None]:
         """Hold the lock that lets only one process push this run.
 
         Raises:
@@ -85,66 +85,68 @@ class Pusher:
         """
         self.failed.clear()
         there = pushed_to_hub(self.run.events()) if known else set()
-        for parcel in parcels(self.run, self.section, self._writer):
-            if parcel.repo in self.failed or only not in (None, parcel.iteration) or (parcel.repo, parcel.tag) in there:
+        for upload in uploads(self.run, self.section, self._writer):
+            if upload.repo in self.failed or only not in (None, upload.iteration) or (upload.repo, upload.tag) in there:
                 continue
-            found = self._persistently(parcel)
+            found = self._push(upload)
             if found.state == "failed":
-                self.failed.add(parcel.repo)
+                self.failed.add(upload.repo)
             yield found
 
     def report(self) -> Iterator[Pushed]:
         """Push the run's report, if there is one, to a repo that has uploads already."""
-        repo, kind = first_repo(self.section)
+        repo, kind = report_repo(self.section)
         files = report_files(self.run)
         if not self.section.report or not files or repo in self.failed:
             return
         remote = Remote(repo, kind)
         try:
             title = f"{self.run.path.name}: report"
-            commit = persistently(lambda: remote.push_report(files, title), repo, self.patience, at_once=self.trouble)
+            commit = with_retries(
+                lambda: remote.push_report(files, title), repo, self.patience, on_first_failure=self.on_failure
+            )
         except PushError as error:
-            yield self._told(Pushed(repo, kind, REPORT, "failed", error=str(error), lasts=error.failure.lasts))
+            yield self._record(Pushed(repo, kind, REPORT, "failed", error=str(error), lasts=error.failure.lasts))
             return
         if commit is not None:
-            yield self._told(Pushed(repo, kind, REPORT, "on the Hub", commit))
+            yield self._record(Pushed(repo, kind, REPORT, "on the Hub", commit))
 
     def plan(self, *, only: int | None = None) -> Iterator[Pushed]:
         """The outcomes that `push` would have; nothing is written."""
-        for parcel in parcels(self.run, self.section, self._writer):
-            if only in (None, parcel.iteration):
-                yield self._planned(parcel)
+        for upload in uploads(self.run, self.section, self._writer):
+            if only in (None, upload.iteration):
+                yield self._planned(upload)
 
-    def _persistently(self, parcel: Parcel) -> Pushed:
-        remote, place = Remote(parcel.repo, parcel.kind), (parcel.repo, parcel.kind, parcel.tag)
+    def _push(self, upload: Upload) -> Pushed:
+        remote, place = Remote(upload.repo, upload.kind), (upload.repo, upload.kind, upload.tag)
         private = self.section.private
         try:
-            commit = persistently(
-                lambda: remote.push(parcel, self.scratch, private=private),
-                parcel.repo,
+            commit = with_retries(
+                lambda: remote.push(upload, self.scratch, private=private),
+                upload.repo,
                 self.patience,
-                lambda failure: self._told(Pushed(*place, "failed", error=failure.text)),
-                self.trouble,
+                lambda failure: self._record(Pushed(*place, "failed", error=failure.text)),
+                self.on_failure,
             )
         except PushError as error:
-            return self._told(Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts))
-        return self._told(Pushed(*place, "on the Hub", commit))
+            return self._record(Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts))
+        return self._record(Pushed(*place, "on the Hub", commit))
 
-    def _planned(self, parcel: Parcel) -> Pushed:
-        remote = Remote(parcel.repo, parcel.kind)
+    def _planned(self, upload: Upload) -> Pushed:
+        remote = Remote(upload.repo, upload.kind)
 
         def ask() -> str | None:
             head = remote.head()
-            return remote.find(parcel, head)[0] if head is not None else None
+            return remote.find(upload, head)[0] if head is not None else None
 
-        place = (parcel.repo, parcel.kind, parcel.tag)
+        place = (upload.repo, upload.kind, upload.tag)
         try:
-            commit = persistently(ask, parcel.repo, lambda: PLAN_SECONDS, at_once=self.trouble)
+            commit = with_retries(ask, upload.repo, lambda: PLAN_SECONDS, on_first_failure=self.on_failure)
         except PushError as error:
             return Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts)
         return Pushed(*place, "on the Hub" if commit else "would be pushed", commit)
 
-    def _told(self, found: Pushed) -> Pushed:
+    def _record(self, found: Pushed) -> Pushed:
         """Record an outcome in the run's events, unless it is the same as the last one of this upload."""
         event: HubPushed | HubPushFailed
         if found.state == "failed":
@@ -159,7 +161,7 @@ class Pusher:
         return found
 
 
-def first_repo(section: HubSection) -> tuple[str, Kind]:
+def report_repo(section: HubSection) -> tuple[str, Kind]:
     """The repo that gets the report, and its kind."""
     if section.model is not None:
         return section.model, "model"

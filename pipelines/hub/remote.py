@@ -22,8 +22,8 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from contracts.errors import TransientError
-from pipelines.hub.cards import is_own
-from pipelines.hub.parcels import README, REPORT_FOLDER, Item, Kind, Parcel
+from pipelines.hub.cards import is_unedited
+from pipelines.hub.uploads import README, REPORT_FOLDER, Kind, Upload, UploadFile
 
 OWN_FILES = {".gitattributes", README}
 """The files of a newly created repo."""
@@ -67,30 +67,30 @@ class Remote:
         """Create the repo if it does not exist."""
         self._api.create_repo(self.repo, repo_type=self.kind, private=private, exist_ok=True)
 
-    def find(self, parcel: Parcel, head: Head) -> tuple[str | None, bool]:
+    def find(self, upload: Upload, head: Head) -> tuple[str | None, bool]:
         """The commit of an upload (None: there is none yet), and whether it has its tag.
 
         Raises:
             RefusedError: the tag exists with other content, a later iteration is there already, or the repo is not one
                 of Ratchet's.
         """
-        if (tagged := head.tags.get(parcel.tag)) is not None:
-            if not self.holds(parcel, tagged):
+        if (tagged := head.tags.get(upload.tag)) is not None:
+            if not self.holds(upload, tagged):
                 raise RefusedError(
-                    f"{self.repo} has a tag {parcel.tag} with other content than this run's, and what is on the Hub is "
+                    f"{self.repo} has a tag {upload.tag} with other content than this run's, and what is on the Hub is "
                     f"never overwritten. Name another repo, or delete that tag if nobody needs it."
                 )
             return tagged, True
         ours = set(head.tags.values())
-        if later := [number for number in _iterations(head) if number > parcel.iteration]:
+        if later := [number for number in _iterations(head) if number > upload.iteration]:
             raise RefusedError(
-                f"{self.repo} has iteration-{later[0]} already, and {parcel.tag} would come after it. Name another "
+                f"{self.repo} has iteration-{later[0]} already, and {upload.tag} would come after it. Name another "
                 "repo, or delete the later tags and commits."
             )
         for commit in self._api.list_repo_commits(**self._place, revision=head.commit):
             if commit.commit_id in ours:
                 break
-            if commit.title == parcel.title and self.holds(parcel, commit.commit_id):
+            if commit.title == upload.title and self.holds(upload, commit.commit_id):
                 return commit.commit_id, False
         self.require_ours(head)
         return None, False
@@ -103,17 +103,17 @@ class Remote:
                 f"{', ...' if len(others) > 3 else ''}); it is left as it is. Name another repo, or delete that one."
             )
 
-    def holds(self, parcel: Parcel, commit: str) -> bool:
+    def holds(self, upload: Upload, commit: str) -> bool:
         """Whether a commit has an upload's files, compared by content."""
         tree = self.tree(commit)
-        return all(item.path in tree and _same(tree[item.path], item) for item in parcel.content.items)
+        return all(item.path in tree and _same(tree[item.path], item) for item in upload.content.items)
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
         """The files of a commit by path."""
         entries = self._api.list_repo_tree(**self._place, revision=commit, recursive=True)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def push(self, parcel: Parcel, scratch: Path, *, private: bool) -> str:
+    def push(self, upload: Upload, scratch: Path, *, private: bool) -> str:
         """Commit and tag an upload, as far as that is not done yet. Returns the commit."""
         head = self.head()
         if head is None:
@@ -121,30 +121,30 @@ class Remote:
             head = self.head()
             if head is None:
                 raise TransientError("it was created just now, and cannot be read yet")
-        commit, has_tag = self.find(parcel, head)
+        commit, has_tag = self.find(upload, head)
         if commit is None:
-            commit = self._commit(parcel, head, scratch)
+            commit = self._commit(upload, head, scratch)
         if not has_tag:
-            self._api.create_tag(**self._place, tag=parcel.tag, revision=commit, exist_ok=True)
+            self._api.create_tag(**self._place, tag=upload.tag, revision=commit, exist_ok=True)
         return commit
 
-    def _commit(self, parcel: Parcel, head: Head, scratch: Path) -> str:
+    def _commit(self, upload: Upload, head: Head, scratch: Path) -> str:
         tree = self.tree(head.commit)
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            content = parcel.content
+            content = upload.content
             items = [*content.items, *content.make(Path(folder))]
-            if README not in tree or self._has_own_card(head.commit):
-                items.append(Item(README, content.card.encode()))
-            return self._send(items, head.commit, parcel.title, [path for path in content.obsolete if path in tree])
+            if README not in tree or self._has_unedited_card(head.commit):
+                items.append(UploadFile(README, content.card.encode()))
+            return self._send(items, head.commit, upload.title, [path for path in content.obsolete if path in tree])
 
-    def _has_own_card(self, commit: str) -> bool:
+    def _has_unedited_card(self, commit: str) -> bool:
         """Whether the card was written by Ratchet and has not been edited since."""
         url = hf_hub_url(self.repo, README, repo_type=self.kind, revision=commit)
         answer = get_session().get(url, headers=build_hf_headers())
         hf_raise_for_status(answer)
-        return is_own(answer.content.decode(errors="replace"))
+        return is_unedited(answer.content.decode(errors="replace"))
 
-    def _send(self, items: list[Item], parent: str, title: str, gone: list[str]) -> str:
+    def _send(self, items: list[UploadFile], parent: str, title: str, gone: list[str]) -> str:
         operations: list[Any] = [CommitOperationDelete(path) for path in gone]
         for item in items:
             content = item.content if isinstance(item.content, bytes) else str(item.content)
@@ -156,7 +156,7 @@ class Remote:
         )
         return str(made.oid)
 
-    def push_report(self, items: list[Item], title: str) -> str | None:
+    def push_report(self, items: list[UploadFile], title: str) -> str | None:
         """Commit the report to the main branch, unless it is there. Returns the commit; None in a repo without tags."""
         head = self.head()
         if head is None or not head.tags:
@@ -175,7 +175,7 @@ def _iterations(head: Head) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def _same(found: RepoFile, item: Item) -> bool:
+def _same(found: RepoFile, item: UploadFile) -> bool:
     if found.lfs is not None:
         return found.lfs.sha256 == (item.sha256 or item.checked_sha256())
     return found.blob_id == item.git_oid()

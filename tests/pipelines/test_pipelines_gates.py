@@ -17,7 +17,7 @@ from pipelines.config.sections import HubSection
 from pipelines.execution.supervisor import REQUEST, AttemptRequest
 from pipelines.graph import Graph, Node, name_of
 from pipelines.hub.cards import _parents
-from pipelines.hub.story import Story
+from pipelines.hub.published_run import PublishedRun
 from pipelines.iteration import build_graph
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import GateDecided, RunEnded
@@ -101,9 +101,9 @@ def test_a_rollback_goes_on_from_the_best_with_changed_values(run):
         "0.3; iteration 4 starts from iteration 2, the best by reward_mean."
     )
     assert len(texts) == 3
-    story = Story(RunDirectory.existing(run.path), HubSection(model="a/b"))
-    assert story.best(5) == 2
-    assert next(_parents(story, 4, "base", {})).startswith("trained from `iteration-2`, ")
+    published = PublishedRun(RunDirectory.existing(run.path), HubSection(model="a/b"))
+    assert published.best(5) == 2
+    assert next(_parents(published, 4, "base", {})).startswith("trained from `iteration-2`, ")
     assert name_of(2, "training") not in run.released()
     assert run.drive(5, gates(worse=BACK)) == []
 

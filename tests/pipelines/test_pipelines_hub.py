@@ -364,7 +364,7 @@ def test_nothing_is_ready(hub: HubDouble, run: Path, capsys: pytest.CaptureFixtu
 
 def test_one_at_a_time(hub: HubDouble, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While a run pushes itself, a push by hand says so, and does not wait for the run's end."""
-    with Pusher(RunDirectory(run), HubSection(model=MODEL)).alone():
+    with Pusher(RunDirectory(run), HubSection(model=MODEL)).exclusive():
         assert main(["push", str(run)]) == 2
         assert "is being pushed right now by another process" in capsys.readouterr().err
         assert main(["push", str(run), "--dry-run"]) == 0

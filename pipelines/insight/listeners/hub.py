@@ -7,7 +7,7 @@ from pipelines.config.sections import HubSection
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph, tag_of
 from pipelines.hub.background import command
-from pipelines.hub.parcels import LOG, ready
+from pipelines.hub.uploads import LOG, ready
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, ListenerFailed, RunEnded, StagePublished, StageReused, pushed_to_hub

@@ -25,7 +25,7 @@ def public(value: Any) -> Any:
     return value.rpartition("/")[2] if isinstance(value, str) and value.startswith("/") else value
 
 
-class Story:
+class PublishedRun:
     """Access to the published artifacts of a run, by iteration."""
 
     def __init__(self, run: RunDirectory, section: HubSection) -> None:
@@ -41,18 +41,18 @@ class Story:
     def metrics(self, last: int) -> Iterator[dict[str, Any]]:
         """The evaluation metrics of each iteration's policy up to `last`, where they are published."""
         for iteration in range(last + 1):
-            evaluation = self.published(name_of(iteration, "evaluation"))
+            evaluation = self.find(name_of(iteration, "evaluation"))
             if evaluation is not None:
                 yield evaluation.manifest.facts["metrics"]
 
-    def decided(self, iteration: int) -> GateDecision | None:
+    def gate_decision(self, iteration: int) -> GateDecision | None:
         """The decision of the gates after an iteration; None without gates, or before they have decided."""
-        gate = self.published(name_of(iteration, "gate")) if self.config.gates else None
+        gate = self.find(name_of(iteration, "gate")) if self.config.gates else None
         return None if gate is None else msgspec.convert(gate.manifest.facts["gate"], GateDecision)
 
     def best(self, last: int) -> int:
         """The iteration with the best policy up to `last`, among those that no gate has refused."""
-        decided = filter(None, (self.decided(iteration) for iteration in range(1, last + 1)))
+        decided = filter(None, (self.gate_decision(iteration) for iteration in range(1, last + 1)))
         refused = {decision.iteration for decision in decided if decision.refused}
         return int(best_of([(self.run.path, metrics) for metrics in self.metrics(last)], refused)[1]["iteration"])
 
@@ -60,26 +60,26 @@ class Story:
         """The scores of the rollouts that an iteration trained on, by scorer."""
         found = {}
         for name in self.config.scorers:
-            artifact = self.published(name_of(iteration, f"selected/{name}" if self.selects else name))
+            artifact = self.find(name_of(iteration, f"selected/{name}" if self.selects_rollouts else name))
             if artifact is not None:
                 found[name] = artifact
         return found
 
     @property
-    def selects(self) -> bool:
+    def selects_rollouts(self) -> bool:
         """Whether iterations train on rollouts that dynamic sampling has selected."""
         return self.config.prompts.dynamic_sampling is not None
 
     @property
-    def answers(self) -> str:
+    def rollouts_stage(self) -> str:
         """The name, within an iteration, of the stage that publishes the rollouts it trains on."""
-        return "selected/rollouts" if self.selects else "generation"
+        return "selected/rollouts" if self.selects_rollouts else "generation"
 
     def stages(self, iteration: int) -> Iterator[tuple[str, Artifact]]:
         """The artifacts of an iteration in the order of its stages, each with its name within the iteration."""
         made_of_answers = ("selected/rollouts", "reference", "values", "pairs", "experience", "training")
         for name in ("generation", *self.config.scorers, *made_of_answers):
-            artifact = self.published(name_of(iteration, name))
+            artifact = self.find(name_of(iteration, name))
             if artifact is not None:
                 yield name, artifact
 
@@ -87,18 +87,18 @@ class Story:
         """The artifacts of the stages before the first iteration, with their names."""
         prompts = (*self.config.prompts.import_roles.values(), "prompts/heldout")
         for name in (*prompts, "setup/sft", "setup/reward-model/training"):
-            artifact = self.published(name)
+            artifact = self.find(name)
             if artifact is not None:
                 yield name, artifact
 
-    def published(self, name: str) -> Artifact | None:
+    def find(self, name: str) -> Artifact | None:
         """The artifact of a stage; None where it has not published."""
-        return self.made(name) if self.has(name) else None
+        return self.artifact(name) if self.has(name) else None
 
     def has(self, name: str) -> bool:
         """Whether a stage has published its artifact."""
         return (self.run.path / name / MANIFEST).is_file()
 
-    def made(self, name: str) -> Artifact:
+    def artifact(self, name: str) -> Artifact:
         """The artifact of a stage that has published one."""
         return Artifact.open(self.run.path / name)

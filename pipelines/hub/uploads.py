@@ -20,7 +20,7 @@ from pipelines.config.sections import HubSection
 from pipelines.graph import name_of, tag_of
 from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
 from pipelines.hub.parquet import RolloutsWriter
-from pipelines.hub.story import Story, public
+from pipelines.hub.published_run import PublishedRun, public
 from pipelines.run.directory import RunDirectory
 
 Kind = Literal["model", "dataset"]
@@ -34,7 +34,7 @@ INITIAL = "setup/sft"
 
 
 @dataclass(frozen=True)
-class Item:
+class UploadFile:
     """One file of a commit."""
 
     path: str
@@ -70,21 +70,21 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Content:
+class UploadContent:
     """The files of an upload."""
 
-    items: tuple[Item, ...]
+    items: tuple[UploadFile, ...]
     """The files by which a commit on the Hub is recognised as this upload."""
     card: str
     """The repo's README.md from this iteration on."""
     obsolete: tuple[str, ...] = ()
     """Paths of the previous iteration's files that this one does not have."""
-    make: Callable[[Path], list[Item]] = lambda scratch: []
+    make: Callable[[Path], list[UploadFile]] = lambda scratch: []
     """Writes further files, which exist only for the upload, into an empty directory, and returns them."""
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """One iteration's commit to one repo."""
 
     repo: str
@@ -92,7 +92,7 @@ class Parcel:
     iteration: int
     title: str
     """First line of the commit."""
-    fill: Callable[[], Content]
+    fill: Callable[[], UploadContent]
 
     @property
     def tag(self) -> str:
@@ -100,79 +100,81 @@ class Parcel:
         return tag_of(self.iteration)
 
     @functools.cached_property
-    def content(self) -> Content:
+    def content(self) -> UploadContent:
         """The files, read on first use."""
         return self.fill()
 
 
 def ready(run: RunDirectory, section: HubSection) -> Iterator[tuple[str, str, int]]:
     """(repo, role, iteration) of everything that can be pushed, in order: the iterations with an evaluated policy."""
-    story = Story(run, section)
+    published = PublishedRun(run, section)
     for iteration in range(run.iterations + 1):
-        if story.has(name_of(iteration, "evaluation")):
+        if published.has(name_of(iteration, "evaluation")):
             repos = {"checkpoint": section.model, "pairs": section.pairs, "rollouts": section.rollouts}
             for role, repo in repos.items():
-                if repo and story.has(_stage(story, role, iteration)):
+                if repo and published.has(_stage(published, role, iteration)):
                     yield repo, role, iteration
 
 
-def parcels(run: RunDirectory, section: HubSection, writer: RolloutsWriter) -> Iterator[Parcel]:
+def uploads(run: RunDirectory, section: HubSection, writer: RolloutsWriter) -> Iterator[Upload]:
     """The uploads of everything that can be pushed."""
-    story = Story(run, section)
-    fill: dict[str, Callable[[Story, str, int], Content]]
+    published = PublishedRun(run, section)
+    fill: dict[str, Callable[[PublishedRun, str, int], UploadContent]]
     fill = {"checkpoint": _checkpoint, "pairs": _pairs, "rollouts": functools.partial(_rollouts, writer)}
     for repo, role, iteration in ready(run, section):
         kind: Kind = "model" if role == "checkpoint" else "dataset"
-        title = f"{story.name}, iteration {iteration}: {role}"
-        yield Parcel(repo, kind, iteration, title, functools.partial(fill[role], story, repo, iteration))
+        title = f"{published.name}, iteration {iteration}: {role}"
+        yield Upload(repo, kind, iteration, title, functools.partial(fill[role], published, repo, iteration))
 
 
-def report_files(run: RunDirectory) -> list[Item]:
+def report_files(run: RunDirectory) -> list[UploadFile]:
     """The files of the run's report; none where it has no report."""
     page = run.path / REPORT_PAGE
     chunks = sorted((run.path / REPORT_FOLDER).glob("*.js"))  # which the page loads
-    return [Item(path.relative_to(run.path).as_posix(), path) for path in (page, *chunks)] if page.is_file() else []
+    return (
+        [UploadFile(path.relative_to(run.path).as_posix(), path) for path in (page, *chunks)] if page.is_file() else []
+    )
 
 
-def _stage(story: Story, role: str, iteration: int) -> str:
+def _stage(published: PublishedRun, role: str, iteration: int) -> str:
     """The stage whose artifact is uploaded."""
     if role == "checkpoint":
         return name_of(iteration, "training") if iteration else INITIAL
-    return name_of(iteration, {"pairs": "pairs", "rollouts": story.answers}[role])
+    return name_of(iteration, {"pairs": "pairs", "rollouts": published.rollouts_stage}[role])
 
 
-def _checkpoint(story: Story, repo: str, iteration: int) -> Content:
-    policy = story.made(_stage(story, "checkpoint", iteration))
-    before = story.published(_stage(story, "checkpoint", iteration - 1)) if iteration else None
+def _checkpoint(published: PublishedRun, repo: str, iteration: int) -> UploadContent:
+    policy = published.artifact(_stage(published, "checkpoint", iteration))
+    before = published.find(_stage(published, "checkpoint", iteration - 1)) if iteration else None
     files = {file.path for file in policy.manifest.files}
     gone = {file.path for file in before.manifest.files} - files if before else set()
-    items = tuple(Item(file.path, policy.path / file.path, file.sha256) for file in policy.manifest.files)
-    provenance = Item("provenance.json", provenance_of(policy))
-    card = checkpoint_card(story, repo, iteration, policy.manifest)
-    return Content((*items, provenance), card, tuple(sorted(gone)))
+    items = tuple(UploadFile(file.path, policy.path / file.path, file.sha256) for file in policy.manifest.files)
+    provenance = UploadFile("provenance.json", provenance_of(policy))
+    card = checkpoint_card(published, repo, iteration, policy.manifest)
+    return UploadContent((*items, provenance), card, tuple(sorted(gone)))
 
 
-def _pairs(story: Story, repo: str, iteration: int) -> Content:
-    pairs = story.made(_stage(story, "pairs", iteration))
+def _pairs(published: PublishedRun, repo: str, iteration: int) -> UploadContent:
+    pairs = published.artifact(_stage(published, "pairs", iteration))
     (table,) = (file for file in pairs.manifest.files if file.path.endswith(".parquet"))
     items = (
-        Item(split_file(iteration), pairs.path / table.path, table.sha256),
-        Item(f"provenance/iteration_{iteration}.json", provenance_of(pairs)),
+        UploadFile(split_file(iteration), pairs.path / table.path, table.sha256),
+        UploadFile(f"provenance/iteration_{iteration}.json", provenance_of(pairs)),
     )
-    return Content(items, pairs_card(story, repo, iteration))
+    return UploadContent(items, pairs_card(published, repo, iteration))
 
 
-def _rollouts(writer: RolloutsWriter, story: Story, repo: str, iteration: int) -> Content:
-    rollouts, scores = story.made(_stage(story, "rollouts", iteration)), story.scores_of(iteration)
+def _rollouts(writer: RolloutsWriter, published: PublishedRun, repo: str, iteration: int) -> UploadContent:
+    rollouts, scores = published.artifact(_stage(published, "rollouts", iteration)), published.scores_of(iteration)
 
-    def make(scratch: Path) -> list[Item]:
+    def make(scratch: Path) -> list[UploadFile]:
         target = scratch / "rollouts.parquet"
         writer.write(rollouts.path, {name: found.path for name, found in scores.items()}, target)
-        return [Item(split_file(iteration), target)]
+        return [UploadFile(split_file(iteration), target)]
 
     made_of = provenance_of(rollouts, **{f"scores {name}": found for name, found in scores.items()})
-    items = (Item(f"provenance/iteration_{iteration}.json", made_of),)
-    return Content(items, rollouts_card(story, repo, iteration), make=make)
+    items = (UploadFile(f"provenance/iteration_{iteration}.json", made_of),)
+    return UploadContent(items, rollouts_card(published, repo, iteration), make=make)
 
 
 def split_file(iteration: int) -> str:
