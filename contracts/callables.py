@@ -91,7 +91,7 @@ def _load_file(path: Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def blamed(what: str) -> Iterator[None]:
+def as_user_mistake(what: str) -> Iterator[None]:
     """Report exceptions of a user's function that is called inside as the user's mistake, with file and line.
 
     Transient failures and stop requests are raised unchanged. The traceback is printed to the log of a supervised

@@ -15,7 +15,7 @@ import msgspec
 from contracts.errors import UserError
 from contracts.fingerprint import digest
 from contracts.records import JsonObjects, Message
-from contracts.template import ChatTemplate, TemplateRefusedError, as_template_sees, read_json, template_texts
+from contracts.template import ChatTemplate, TemplateRefusedError, read_json, template_messages, template_texts
 from contracts.tokenizer import load_tokenizer
 from contracts.turns import (
     THINK_END,
@@ -33,7 +33,7 @@ from contracts.turns import (
 Tools = JsonObjects | msgspec.UnsetType
 THINK = "<think>"
 WAYS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": True})
-"""Formats in which a template may expect turns (arguments of `as_template_sees`), in the order of the attempts."""
+"""Formats in which a template may expect turns (arguments of `template_messages`), in the order of the attempts."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Private-use characters that enclose special tokens which the tokenizer must read as text."""
 SLOT, SLOT_END = "\ue0f2", "\ue0f3"
@@ -269,7 +269,7 @@ class ChatTokenizer:
         return digest([backend, special, template_texts(self.path), list(self.stop_ids)])
 
     @property
-    def begin_id(self) -> int | None:
+    def bos_id(self) -> int | None:
         """The BOS token; None if there is none, or if it is a stop token as well (GPT-2)."""
         begin: int | None = self.tokenizer.bos_token_id
         return None if begin in self.stop_ids else begin
@@ -336,7 +336,7 @@ class ChatTokenizer:
     def _rendered(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str, **way: bool) -> str:
         try:
             return self.template.render(
-                as_template_sees(messages, **way),
+                template_messages(messages, **way),
                 tools=None if tools is msgspec.UNSET else tools,
                 for_answer=for_answer,
             )

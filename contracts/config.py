@@ -71,13 +71,13 @@ def _declared(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
-IN_WORDS: dict[str, str] = {}
+PATTERN_DESCRIPTIONS: dict[str, str] = {}
 """Descriptions of the texts that match a pattern, by pattern."""
 
 
-def worded(pattern: str, words: str) -> str:
+def described_pattern(pattern: str, words: str) -> str:
     """Register a description of a pattern, for the message to a user whose text does not match; return the pattern."""
-    IN_WORDS[pattern] = words
+    PATTERN_DESCRIPTIONS[pattern] = words
     return pattern
 
 
@@ -155,7 +155,7 @@ class StageConfig(Section):
         """Files of the user's own code that this stage runs; their content enters the stage key."""
         return {}
 
-    def asked_servers(self) -> list[str]:
+    def server_urls(self) -> list[str]:
         """URLs of the servers that this stage sends requests to, as does its preflight."""
         return []
 
@@ -179,14 +179,14 @@ def _first_line(model: type[BaseModel]) -> str:
     return (model.__doc__ or model.__name__).strip().splitlines()[0]  # `python -OO` drops docstrings
 
 
-NOT_OURS = ("builtins", "msgspec", "pydantic")
+FOREIGN_PACKAGES = ("builtins", "msgspec", "pydantic")
 """Packages whose classes declare no config keys."""
 
 
 def docstrings(kind: type) -> dict[str, str]:
     """The docstring of each field of a config or record. They are parsed from the source only when they are shown,
     because every process defines configs."""
-    bases = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] not in NOT_OURS]
+    bases = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] not in FOREIGN_PACKAGES]
     return {field: said for base in bases for field, said in _own_docstrings(base).items()}
 
 
@@ -329,7 +329,7 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
         message = "the keys here are whole numbers" if is_number else message
     else:
         shown = f"{place!r} is {reprlib.repr(problem['input'])}: "
-    if problem["type"] == "string_pattern_mismatch" and (words := IN_WORDS.get(problem["ctx"]["pattern"])):
+    if problem["type"] == "string_pattern_mismatch" and (words := PATTERN_DESCRIPTIONS.get(problem["ctx"]["pattern"])):
         message = f"write {words}"
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names the keys
         shown = f"{place}: " if place else ""
@@ -342,7 +342,7 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
     if difflib.get_close_matches(last, here, n=1, cutoff=0.85):
         return []
     hints: dict[str, None] = {}
-    for name in itertools.islice(other_names.flat(last, value), 20):
+    for name in itertools.islice(other_names.dotted_names(last, value), 20):
         if (entry := other_names.find(name)) is None:
             continue
         said = "" if name == last else f"{name!r}: "

@@ -86,7 +86,7 @@ def with_answer(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
     return (*before, msgspec.structs.replace(last, content=last.content + text))
 
 
-def without_beginning(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+def split_prefill(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
     """Split a conversation into the turns before its prefill and the prefill's text, "" if it has none."""
     begun = bool(messages) and messages[-1].role == "assistant"
     return (messages[:-1], messages[-1].content) if begun else (messages, "")

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from contracts.artifacts import Artifact
 from contracts.conversations import read_messages
-from contracts.fields import answer_of, half_a_character, tools_of, with_input, with_system
+from contracts.fields import answer_of, surrogate_error, tools_of, with_input, with_system
 from contracts.jsonl import encode
 from contracts.layouts import TEXTS, Layout, SourceRow
 from contracts.manifest import MANIFEST
@@ -64,7 +64,7 @@ class Demonstrations:
         try:
             encode(found)
         except UnicodeEncodeError as error:
-            raise half_a_character(place, error) from error
+            raise surrogate_error(place, error) from error
         return found
 
 

@@ -12,7 +12,7 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.ledger import Ledger
-from contracts.mixture import SOURCE, CurriculumSettings, DrawConfig, shares, signal, too_few_prompts
+from contracts.mixture import SOURCE, CurriculumSettings, DrawConfig, no_signal_reason, shares, too_few_prompts
 from contracts.records import PROMPTS, SCORES, Prompt, Score
 from contracts.stage import Context, Outcome
 
@@ -63,9 +63,9 @@ def run(config: DrawConfig, context: Context) -> Outcome:
             raise UserError(too_few_prompts(name, there, config.count, wanted))
         wanted, state = min(wanted, there), before.get(name, SourceState())
         if config.curriculum is None:
-            picked[name] = in_turn(sources[name], state.position, wanted, used)
+            picked[name] = draw_in_order(sources[name], state.position, wanted, used)
         else:
-            picked[name] = by_difficulty(sources[name], state.position, wanted, config.curriculum, answered, used)
+            picked[name] = draw_by_difficulty(sources[name], state.position, wanted, config.curriculum, answered, used)
 
     left = {name: iter(found.prompts) for name, found in picked.items()}
     drawn = [(name, prompt) for name in turns if (prompt := next(left[name], None)) is not None]
@@ -154,14 +154,16 @@ def _still_wanted(
     lacking = Counter(source_of[name] for name in draws[0])
     for names, path in zip(draws, config.judged, strict=True):
         scores = scores_by_prompt(path)
-        lacking.subtract(source_of[name] for name in names if signal(scores.get(name, ()), config.margin) is None)
+        lacking.subtract(
+            source_of[name] for name in names if no_signal_reason(scores.get(name, ()), config.margin) is None
+        )
     return {name for names in draws for name in names}, sorted(lacking.elements())
 
 
 # Drawing from one source.
 
 
-def in_turn(prompts: Sequence[Prompt], position: int, wanted: int, used: Collection[str] = frozenset()) -> Picked:
+def draw_in_order(prompts: Sequence[Prompt], position: int, wanted: int, used: Collection[str] = frozenset()) -> Picked:
     """Draw the next prompts that are not in `used`; at its end, the source restarts."""
     found: list[Prompt] = []
     counts: Counter[str] = Counter()
@@ -174,7 +176,7 @@ def in_turn(prompts: Sequence[Prompt], position: int, wanted: int, used: Collect
     return Picked(found, counts, position)
 
 
-def by_difficulty(
+def draw_by_difficulty(
     prompts: Sequence[Prompt],
     position: int,
     wanted: int,

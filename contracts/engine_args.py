@@ -10,17 +10,17 @@ from typing import Any
 from contracts.errors import UserError, did_you_mean
 
 
-def checked_arguments(value: dict[str, Any], ours: Mapping[str, str]) -> dict[str, Any]:
+def checked_arguments(value: dict[str, Any], reserved: Mapping[str, str]) -> dict[str, Any]:
     """Return a config's `engine_args`; raise ValueError if the user may not set one of them.
 
     Args:
-        ours: the arguments that the stage sets itself or does not pass through, with the reasons.
+        reserved: the arguments that the stage sets itself or does not pass through, with the reasons.
     """
     for name in value:
         if "-" in name or not name.isidentifier():
             raise ValueError(f"{name!r}: give vLLM's arguments as in Python, with underscores ({_plain(name)}).")
-        if name in ours:
-            raise ValueError(f"{name} cannot be set here: {ours[name]}. Take it out.")
+        if name in reserved:
+            raise ValueError(f"{name} cannot be set here: {reserved[name]}. Take it out.")
     return value
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from contracts.limits import limit_behind
+from contracts.limits import limit_message
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE_PATH = (
@@ -77,7 +77,7 @@ def as_user_error(error: Exception) -> UserError | None:
     """The error as a UserError, if the user can fix it (a full disk, an unusable path); otherwise None."""
     if isinstance(error, UserError):
         return error
-    if limit := limit_behind(error):
+    if limit := limit_message(error):
         return UserError(limit)
     code, path = system_code(error), getattr(error, "filename", None)
     if code in DISK_FULL:

@@ -56,7 +56,7 @@ class Tolerance:
         self.limit, self.total = limit, total
         self.failed = 0
 
-    def bear(self, fault: Fault) -> None:
+    def record(self, fault: Fault) -> None:
         """Record a failure.
 
         Raises:

@@ -15,7 +15,7 @@ from contracts.layouts import SourceRow
 from contracts.records import JsonObjects, Message
 
 
-def half_a_character(place: str, error: UnicodeEncodeError) -> UserError:
+def surrogate_error(place: str, error: UnicodeEncodeError) -> UserError:
     """The error for a text that contains half of a surrogate pair."""
     around = error.object[max(0, error.start - 20) : error.end + 20]
     return UserError(

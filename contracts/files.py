@@ -18,7 +18,7 @@ def matches(pattern: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.name.startswith((".", "_")))
 
 
-def is_there(path: Path) -> bool:
+def exists_or_matches(path: Path) -> bool:
     """Whether the path exists, or matches files as a pattern."""
     return path.exists() or bool(matches(path))
 
@@ -50,7 +50,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def appears(path: Path) -> bool:
+def exists_uncached(path: Path) -> bool:
     """Whether a file exists that another machine may have written just now.
 
     An NFS client may cache for up to a minute that it did not exist, unless the parent directories are listed.

@@ -23,7 +23,7 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.attempt import beat
 from contracts.errors import TransientError
-from contracts.files import appears
+from contracts.files import exists_uncached
 from contracts.fingerprint import digest
 from contracts.jsonl import decode_jsonl, read_jsonl
 from contracts.manifest import MANIFEST
@@ -117,7 +117,7 @@ class Source:
         Raises:
             TransientError: it is published under a different key than was announced.
         """
-        if self._artifact is None and (self._maker is None or appears(self.path / MANIFEST)):
+        if self._artifact is None and (self._maker is None or exists_uncached(self.path / MANIFEST)):
             artifact = Artifact.open(self.path, *self._schemas)
             if self._maker is not None and artifact.manifest.key != self._maker.key:
                 raise TransientError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.fields import answer_of, half_a_character, tags_of, tools_of, with_input, with_system
+from contracts.fields import answer_of, surrogate_error, tags_of, tools_of, with_input, with_system
 from contracts.fingerprint import digest
 from contracts.jsonl import encode
 from contracts.layouts import TEXTS, Layout, SourceRow, without_answer
@@ -166,7 +166,7 @@ class PromptReader:
             prompt = Prompt(content if identity is None else str(identity), messages, answer, tags, tools)
             encode(prompt)
         except UnicodeEncodeError as error:
-            raise half_a_character(place, error) from error
+            raise surrogate_error(place, error) from error
         except ValueError as error:
             raise UserError(f"{place}: a tool or its call holds what JSON cannot say: {error}.") from error
         return Imported(prompt, content, removed)

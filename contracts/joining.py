@@ -12,7 +12,7 @@ from contracts.records import Rollout, Score
 
 ScoresBySample = dict[int, Score]
 
-WITHOUT_EFFECT = ("name", "max_dropped", "fail_on_error", "batch_tokens", "dtype", "max_length", "opponents", "date")
+IRRELEVANT_KEYS = ("name", "max_dropped", "fail_on_error", "batch_tokens", "dtype", "max_length", "opponents", "date")
 """Keys of a scorer's config that do not change what its scores mean."""
 
 
@@ -28,9 +28,9 @@ def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
         )
 
 
-JUDGED = frozenset({"rollouts", "pairs", "against"})
+SCORED_INPUTS = frozenset({"rollouts", "pairs", "against"})
 """Inputs of a scorer that are the data to score."""
-PARTS = "scores"
+COMBINED_INPUT = "scores"
 """The input of a scorer that combines other scores."""
 
 
@@ -40,13 +40,13 @@ def scorer_of(scores: Artifact) -> list[Any]:
     For scores that combine others, it includes those scorers, as long as their artifacts still exist at their paths.
     """
     parts = scores.manifest.key_parts
-    config = {name: value for name, value in parts.get("config", {}).items() if name not in WITHOUT_EFFECT}
+    config = {name: value for name, value in parts.get("config", {}).items() if name not in IRRELEVANT_KEYS}
     inputs: dict[str, Any] = {}
     for name, value in parts.get("inputs", {}).items():
-        if name.partition(".")[0] == PARTS:
+        if name.partition(".")[0] == COMBINED_INPUT:
             place = Path(scores.manifest.input_paths[name])
             inputs[name] = scorer_of(Artifact.open(place)) if (place / MANIFEST).is_file() else None
-        elif name not in JUDGED:
+        elif name not in SCORED_INPUTS:
             inputs[name] = value
     return [config, inputs, parts.get("sources")]
 

@@ -72,7 +72,7 @@ class SourceRow:
         """
         name = self.layout.named.get("prompt") or self._find_prompt()
         value = look_up(self.values, name)
-        if value is None and not has(self.values, name):
+        if value is None and not has_column(self.values, name):
             raise UserError(
                 f"{self.place}: no column {name!r}; found {', '.join(self.values)}."
                 f"{did_you_mean(name, self.values, 2)} Set column."
@@ -213,7 +213,7 @@ def look_up(values: dict[str, Any], name: str) -> Any:
     return value
 
 
-def has(values: dict[str, Any], name: str) -> bool:
+def has_column(values: dict[str, Any], name: str) -> bool:
     """Whether a column or nested key exists, even without a value."""
     parent, _, key = name.rpartition(".")
     above = look_up(values, parent) if parent else None

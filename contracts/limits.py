@@ -5,11 +5,11 @@ import os
 import resource
 import signal
 
-TOO_LITTLE_MEMORY = ("allocate memory", "failed to map segment", "can't start new thread", "bad_alloc")
+OUT_OF_MEMORY = ("allocate memory", "failed to map segment", "can't start new thread", "bad_alloc")
 """Parts of the messages of libraries whose allocation has failed."""
 
 
-def limit_behind(error: BaseException) -> str | None:
+def limit_message(error: BaseException) -> str | None:
     """The message for an error that one of this process's limits explains; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
     text = str(error)
@@ -17,11 +17,11 @@ def limit_behind(error: BaseException) -> str | None:
         return _message(resource.RLIMIT_NOFILE, "have {} files open", "-n 4096")
     if code == errno.EFBIG or "(os error 27)" in text:
         return _message(resource.RLIMIT_FSIZE, "write {} bytes to one file", "-f unlimited")
-    refused = code == errno.ENOMEM or isinstance(error, MemoryError) or any(word in text for word in TOO_LITTLE_MEMORY)
+    refused = code == errno.ENOMEM or isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY)
     return _address_space() if refused else None
 
 
-def limit_behind_signal(number: int) -> str | None:
+def limit_message_for_signal(number: int) -> str | None:
     """The message for a process that a signal ended, if one of the limits that it shares with this one explains it."""
     if number == signal.SIGXFSZ:
         return _message(resource.RLIMIT_FSIZE, "write {} bytes to one file", "-f unlimited")
@@ -51,8 +51,8 @@ def _message(limit: int, what: str, option: str) -> str | None:
     )
 
 
-def explain_and_leave(error: BaseException) -> None:
+def exit_if_limit(error: BaseException) -> None:
     """Exit with a message and code 2 if a limit explains this uncaught error; otherwise return."""
-    if message := limit_behind(error):
+    if message := limit_message(error):
         os.write(2, f"error: {message}\n".encode())
         os._exit(2)

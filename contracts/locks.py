@@ -95,7 +95,7 @@ class DirectoryLock:
                 ) from error
             raise
 
-    def when_free(self, take: Callable[[], bool], patience: float) -> None:
+    def take_when_free(self, take: Callable[[], bool], patience: float) -> None:
         """Call `take` until it has taken the lock.
 
         Args:

@@ -91,7 +91,7 @@ class DrawConfig(StageConfig):
         return self
 
 
-def signal(scores: Sequence[float], margin: float) -> str | None:
+def no_signal_reason(scores: Sequence[float], margin: float) -> str | None:
     """The reason why the scores of a prompt's answers carry no learning signal; None if they carry one.
 
     Dynamic sampling replaces such prompts (DAPO, arXiv 2503.14476, section 3.2): if all answers are right, or all are

@@ -36,7 +36,7 @@ class Size:
         return self.parameters - sum(count for name, count in tensors.items() if any(part in name for part in frozen))
 
     @property
-    def cache_numbers(self) -> int:
+    def cache_elements(self) -> int:
         """Elements of the KV cache per token: 2 · layers · key-value heads · width of a head."""
         return 2 * self.layers * self.key_width
 
@@ -52,7 +52,7 @@ class Size:
         return replace(self, parameters=self.parameters - head + self.hidden, classifier=True)
 
 
-def size_by(config: dict[str, Any]) -> Size:
+def size_from_config(config: dict[str, Any]) -> Size:
     """Compute a model's dimensions from its config.json.
 
     Parameters are counted as for a Llama: each layer has 2 h·q + 2 h·k (attention, with query width q and key width k),

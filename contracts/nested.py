@@ -6,21 +6,21 @@ from typing import Any
 
 def leaves(value: Any) -> Iterator[Any]:
     """Yield every value inside that is neither a dict nor a list, in order."""
-    yield from (leaf for _, leaf in placed_leaves(value))
+    yield from (leaf for _, leaf in leaves_with_paths(value))
 
 
-def placed_leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_with_paths(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of `value` with their dotted paths, such as `scorers.reward.inputs.0`."""
     if isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from placed_leaves(item, f"{place}.{key}" if place else str(key))
+            yield from leaves_with_paths(item, f"{place}.{key}" if place else str(key))
     else:
         yield place, value
 
 
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts into one, with keys joined by dots."""
     found: dict[str, Any] = {}
     for name, item in value.items():
-        found |= flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
+        found |= flatten(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from contracts.chat import ChatTokenizer, Tools
-from contracts.conversations import without_beginning
+from contracts.conversations import split_prefill
 from contracts.errors import UserError
 from contracts.records import Message
 
@@ -28,7 +28,7 @@ def question(messages: Sequence[Message], first: str, second: str, tools: Tools 
     Tools come first, as a turn of their own; tool calls follow the text of their turn; both are written as JSON. A
     prefill (the last turn) is prepended to both answers.
     """
-    messages, begun = without_beginning(messages)
+    messages, begun = split_prefill(messages)
     first, second = begun + first, begun + second
     given = "" if tools is msgspec.UNSET or not tools else f"\n<turn> tools\n {_json(tools)}"
     turns = "".join(f"\n<turn> {message.role}\n {_text(message)}" for message in messages)

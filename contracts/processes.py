@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
-AN_INSTANT = 0.01
+MINIMUM_WAIT = 0.01
 
 
 def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
@@ -130,7 +130,7 @@ def wait_for_end(pids: Iterable[int], seconds: float) -> None:
             try:
                 opened.append(os.pidfd_open(pid))
             except OSError:  # it has ended, or there are too many open files
-                seconds = min(seconds, AN_INSTANT)
+                seconds = min(seconds, MINIMUM_WAIT)
         select.select(opened, [], [], seconds)
     finally:
         for descriptor in opened:

@@ -93,7 +93,7 @@ class Publication:
             UserError: another process holds the lock, and `patience` is 0.
             TransientError: another process still holds the lock after `patience`.
         """
-        self._lock.when_free(lambda: self._lock.take(fcntl.LOCK_EX), patience)
+        self._lock.take_when_free(lambda: self._lock.take(fcntl.LOCK_EX), patience)
         with contextlib.suppress(FileNotFoundError):  # the previous holder of the lock has just published
             if not self.complete or self._damaged():
                 self._clear_leftovers(self._intact)
@@ -107,7 +107,7 @@ class Publication:
         Raises:
             TransientError: another process holds the directory exclusively for longer than `patience` seconds.
         """
-        self._lock.when_free(self._take_shared_lock, patience)
+        self._lock.take_when_free(self._take_shared_lock, patience)
 
     def _take_shared_lock(self) -> bool:
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -126,7 +126,7 @@ class Publication:
 
         Shards that were computed from a different input are deleted as well.
         """
-        self.drop_misfits()
+        self.drop_outdated()
         known = {name for name, receipt in self.receipts().items() if intact(receipt)}
         known |= {_receipt_name(name) for name in known}
         for path in sorted(self.directory.rglob("*")):  # a receipt before its file
@@ -134,7 +134,7 @@ class Publication:
             if path.is_file() and name not in known and name != LOCK and not name.startswith("state/"):
                 path.unlink()
 
-    def drop_misfits(self) -> list[str]:
+    def drop_outdated(self) -> list[str]:
         """Delete the finished shards that were computed from a different input than the current one, and print that.
 
         The caller must be the only process that computes shards.

@@ -25,7 +25,7 @@ Start: TypeAlias = Literal["loaded", "updated", "kept"]
 
 @dataclass
 class _Resident:
-    like: str
+    fixed: str
     content: str
     value: Any
     close: Callable[[Any], None]
@@ -49,7 +49,7 @@ def any_held() -> bool:
 def hold(
     name: str,
     *,
-    like: str,
+    fixed: str,
     content: str,
     open_: Callable[[], T],
     close: Callable[[T], None] = lambda value: None,
@@ -59,11 +59,11 @@ def hold(
     """Return the object that this process keeps under `name` if it matches, else open a new one and keep that.
 
     Args:
-        like: identifies everything that an update cannot change.
+        fixed: identifies everything that an update cannot change.
         content: identifies the rest, for example by the fingerprint of the weights.
         open_: opens a new object.
         close: closes an object that is no longer needed.
-        update: updates an object with the same `like` to the wanted content, and raises if it cannot verify that this
+        update: updates an object with the same `fixed` to the wanted content, and raises if it cannot verify that this
             succeeded; after any error but a UserError, a new object is opened.
         begin: prepares a kept object for another stage, and raises if it no longer works.
 
@@ -71,7 +71,7 @@ def hold(
         UserError: raised by `update`, for a mistake that a new object would have as well.
     """
     found = _residents.pop(name, None)
-    if found is not None and found.like == like:
+    if found is not None and found.fixed == fixed:
         how: Start | None = "kept" if found.content == content else None
         try:
             if how is None and update is not None:
@@ -79,7 +79,7 @@ def hold(
                 how = "updated"
             if how is not None:
                 begin(found.value)
-                _residents[name] = _Resident(like, content, found.value, close)
+                _residents[name] = _Resident(fixed, content, found.value, close)
                 return found.value, how
         except UserError:
             raise
@@ -92,17 +92,17 @@ def hold(
         gc.collect()
     value = open_()
     if _allowed:
-        _residents[name] = _Resident(like, content, value, close)
+        _residents[name] = _Resident(fixed, content, value, close)
     return value, "loaded"
 
 
-def closes() -> bool:
+def must_close() -> bool:
     """Whether a stage has to close what it has opened when it ends, because the process does not keep it."""
     return not _allowed
 
 
 @contextlib.contextmanager
-def outlasting() -> Iterator[None]:
+def outliving_attempt() -> Iterator[None]:
     """Let processes that are started inside outlive the attempt, until this process ends.
 
     They do not inherit the attempt's variable, by which a supervisor finds the processes that it kills

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from contracts.errors import UserError
-from contracts.nested import placed_leaves
+from contracts.nested import leaves_with_paths
 
 TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
@@ -16,7 +16,7 @@ NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_key)$", r
 
 def refuse_secrets(data: Any, source: str) -> None:
     """Raise UserError if a value looks like a secret or its key is named like one; the value itself is not shown."""
-    for place, value in placed_leaves(data):
+    for place, value in leaves_with_paths(data):
         named = value and not isinstance(value, bool) and NAME.search(place.rpartition(".")[2])
         if named or TOKEN.search(str(value)):
             raise UserError(

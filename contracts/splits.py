@@ -27,7 +27,7 @@ def split_of(path: Path) -> str | None:
     stem = path.name.partition(".")[0]
     numbered = _NUMBERED.match(stem)
     if numbered and numbered[1].lower() not in ANY:
-        return named(numbered[1])
+        return canonical_split(numbered[1])
     for part in (stem, *reversed(path.parent.parts)):
         words = re.split(r"[-._ ]+", part.lower())
         found = next((word.rstrip("0123456789") for word in words if word.rstrip("0123456789") in _WORD), None)
@@ -40,7 +40,7 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def named(split: str) -> str:
+def canonical_split(split: str) -> str:
     """The canonical name of a split: "validation" for "val" and "dev"."""
     return _WORD.get(split.lower(), split)
 
@@ -64,7 +64,7 @@ def choose_files(directory: Path, split: str) -> list[Path]:
     for path in found:
         by_split.setdefault(split_of(path), []).append(path)
     there = "; ".join(f"{name or 'no split'}: {_some(paths)}" for name, paths in by_split.items())
-    wanted: str | None = named(split)
+    wanted: str | None = canonical_split(split)
     if wanted == "train" and None in by_split:
         if len(by_split) > 1:
             raise UserError(
@@ -82,7 +82,7 @@ def choose_files(directory: Path, split: str) -> list[Path]:
 
 def require_split_of_file(path: Path, split: str) -> None:
     """Raise UserError if a split other than train is requested that the file's name does not denote."""
-    if named(split) not in ("train", split_of(Path(path.name))):
+    if canonical_split(split) not in ("train", split_of(Path(path.name))):
         raise UserError(
             f"{path} is one file, and split={split} chooses among files or the splits of a data set. Remove split, or "
             "name the directory, or the file of that split."

@@ -28,12 +28,12 @@ from contracts.attempt import ATTEMPT, ROLE, fail, report_metrics, report_progre
 from contracts.config import Parser, Role, StageConfig, apply_overrides, describe, read_yaml, validate
 from contracts.declaration import Stage, load
 from contracts.errors import UserError
-from contracts.files import appears
+from contracts.files import exists_uncached
 from contracts.fingerprint import digest
 from contracts.following import MadeFrom, hidden_key, maker_key, maker_of
 from contracts.hardware import begin_measuring
 from contracts.manifest import MANIFEST
-from contracts.nested import flat
+from contracts.nested import flatten
 from contracts.processes import die_with_parent
 from contracts.publication import Publication
 from contracts.versions import FURTHER, installed_versions, source_version
@@ -135,7 +135,7 @@ def stage_key(parts: dict[str, Any]) -> str:
 
 
 def _flat(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat(inputs).items() if value is not None}
+    return {name: value for name, value in flatten(inputs).items() if value is not None}
 
 
 def _digests(value: Any, where: Callable[[Path], Path]) -> Any:
@@ -155,7 +155,7 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
         run_stage(stage, config)
     except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
         gone = isinstance(error, BrokenPipeError) and surroundings.output_is_closed()
-        code = surroundings.PIPE_GONE if gone else fail(stopping.explained(error))
+        code = surroundings.PIPE_GONE if gone else fail(stopping.as_stop(error))
     except SystemExit as end:  # from argparse, or from a launcher whose processes have reported why they failed
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -171,7 +171,9 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     field = stage.follows(config)
     path = None if field is None else Path(getattr(config, field))
     # The field of an input that is not published yet; its digest, and so this stage's key, is known only at the end.
-    followed = field if path is not None and maker_of(path) is not None and not appears(path / MANIFEST) else None
+    followed = (
+        field if path is not None and maker_of(path) is not None and not exists_uncached(path / MANIFEST) else None
+    )
     parts = key_parts(config, installed_versions(), followed=followed)
     key = None if followed else stage_key(parts)
     publication = Publication(

@@ -38,7 +38,7 @@ def listen() -> None:
     """Install handlers for the signals that request a stop."""
     for number in SIGNALS:
         signal.signal(number, _answer)
-    for number in heeded(TERMINAL):
+    for number in not_ignored(TERMINAL):
         signal.signal(number, _answer)
 
 
@@ -56,7 +56,7 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """The signals that this process has not inherited as ignored."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -73,7 +73,7 @@ def requested() -> bool:
     return _requested is not None
 
 
-def explained(error: BaseException) -> BaseException:
+def as_stop(error: BaseException) -> BaseException:
     """The reason why a process ends: the requested stop after Ctrl-C or SIGHUP, which also ended its children and so
     may have caused `error`; otherwise `error` itself."""
     if isinstance(error, KeyboardInterrupt):

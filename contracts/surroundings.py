@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from contracts.limits import explain_and_leave, raise_open_files
+from contracts.limits import exit_if_limit, raise_open_files
 
 USER_PATH = "RATCHET_PYTHONPATH"
 """Environment variable: the user's own folders with modules, which come after the libraries."""
@@ -264,7 +264,7 @@ def _say_why(error_type: type[BaseException], error: BaseException, trace: Trace
     """The excepthook for errors outside of the command's own error handling."""
     if issubclass(error_type, KeyboardInterrupt):
         os._exit(INTERRUPTED)
-    explain_and_leave(error)
+    exit_if_limit(error)
     sys.__excepthook__(error_type, error, trace)
 
 

@@ -37,7 +37,7 @@ def appending(path: Path, patience: float = float("inf")) -> Iterator[IO[bytes]]
         file.flush()
 
 
-def whole_lines(path: Path, offset: int) -> bytes:
+def complete_lines(path: Path, offset: int) -> bytes:
     """The complete lines after `offset`; nothing if the file does not exist yet."""
     try:
         with path.open("rb") as file:
@@ -48,7 +48,7 @@ def whole_lines(path: Path, offset: int) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def end_of_input() -> threading.Event:
+def stdin_closed() -> threading.Event:
     """An event that is set when stdin is closed: the process at its other end has exited, in whatever way."""
     ended = threading.Event()
 

@@ -16,19 +16,19 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 from pydantic import AfterValidator
 
-from contracts.config import Section, identity, worded
+from contracts.config import Section, described_pattern, identity
 from contracts.errors import UserError
 from contracts.records import Message
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OURS = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *NAMED_TOKENS})
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", *NAMED_TOKENS})
 """Variables of a template that the user may not set."""
-DATE = worded(r"^\d{4}-\d{2}-\d{2}$", "a day like 2025-07-31")
+DATE = described_pattern(r"^\d{4}-\d{2}-\d{2}$", "a day like 2025-07-31")
 
 
 def checked_variables(value: dict[str, Any]) -> dict[str, Any]:
     """Return `chat_template_kwargs`; raise ValueError if they set a reserved variable."""
-    if taken := sorted(OURS & value.keys()):
+    if taken := sorted(RESERVED & value.keys()):
         raise ValueError(f"{taken[0]} is set by Ratchet, from the data and the tokenizer. Take it out.")
     return value
 
@@ -93,7 +93,7 @@ class ChatTemplate:
         self._clock_read = False
         unknown = sorted(name for name in self.variables if all(name not in read for read in self._read.values()))
         if unknown:
-            known = sorted({name for read in self._read.values() for name in read} - OURS - self.special.keys())
+            known = sorted({name for read in self._read.values() for name in read} - RESERVED - self.special.keys())
             raise UserError(
                 f"chat_template_kwargs.{unknown[0]} is set, but the chat template of {path} does not read it. "
                 + (f"It reads {', '.join(known)}." if known else "It reads none. Take it out.")
@@ -233,7 +233,7 @@ def special_tokens(path: Path) -> dict[str, str]:
     return found
 
 
-def as_template_sees(
+def template_messages(
     messages: Sequence[Message], *, parts: bool = False, arguments_as_text: bool = False
 ) -> list[dict[str, Any]]:
     """Convert messages to the dicts that a template reads.

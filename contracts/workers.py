@@ -83,7 +83,7 @@ def share_shards(
         again = False
         if context.publishes:
             _wait_for_all(context, work)
-            again = isinstance(shards, Source) and bool(context.publication.drop_misfits())
+            again = isinstance(shards, Source) and bool(context.publication.drop_outdated())
 
 
 class Work:

@@ -30,7 +30,7 @@ TEXT = {f"{TAG}timestamp", f"{TAG}value"}
 """Tags that YAML gives to a date and to `=`, which are read as text."""
 KEYS = {f"{TAG}str", f"{TAG}int", f"{TAG}merge"}
 
-IN_WORDS = {
+PLAIN_REASONS = {
     r".*'\\t'.*": "a tab. Indent with spaces",
     ".*found another document": "a second document begins (---). Keep one",
     "maximum depth of data structure exceeded.*": f"more than {MOST_LEVELS} lists and sections in each other",
@@ -62,7 +62,7 @@ def load(text: str) -> Any:
         raise YamlError(reason, text.count("\n", 0, error.position) + 1) from error
     except MarkedYAMLError as error:
         reason = str(error.problem or error.context)
-        for found, plain in IN_WORDS.items():
+        for found, plain in PLAIN_REASONS.items():
             reason = re.sub(found, plain, reason, flags=re.DOTALL)
         raise YamlError(reason, error.problem_mark.line + 1 if error.problem_mark else None) from error
     except (ValueError, LookupError) as error:  # from a tag that does not fit its value (!!int x)

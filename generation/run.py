@@ -84,7 +84,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             engine, engine_facts["start"] = hold_engine(config, decided, fingerprint)
             if isinstance(engine, UpdatableEngine) and engine.proof is not None:
                 engine_facts["read_back"] = engine.proof
-            if resident.closes():
+            if resident.must_close():
                 stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
             load["weights"] = load["load"]  # the part of `load` without the tokenizer
@@ -126,7 +126,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     faults.messages = [message for facts in made for message in facts.get("failures", [])]
     faults.require_few(merge((receipt.ledger for receipt in receipts), "prompts"))
     ids = {
-        "bos_token_id": tokenizer.begin_id,
+        "bos_token_id": tokenizer.bos_id,
         "vocabulary": tokenizer.vocabulary,
         "tokenizer": tokenizer.fingerprint,
     }
@@ -199,7 +199,7 @@ def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint:
 
     return resident.hold(
         "engine",
-        like=digest([fields, settled, architecture]),
+        fixed=digest([fields, settled, architecture]),
         content=fingerprint,
         open_=lambda: open_engine(config, settings),
         close=lambda engine: engine.close(),

@@ -129,7 +129,7 @@ class VllmEngine(UpdatableEngine):
             reads_text = bool(config.stop or config.guided or config.thinking)
             without = not (has_other_inputs(config.policy) or reads_text)
             start = time.monotonic()
-            with resident.outlasting():
+            with resident.outliving_attempt():
                 self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
         self._patience = PATIENCE + 5 * (time.monotonic() - start)
         self._workers = [each for each in multiprocessing.active_children() if each.name.startswith(WORKER)]

@@ -70,7 +70,7 @@ class VllmServer(UpdatableEngine):
         variables = {KEY: self._key, "VLLM_SERVER_DEV_MODE": "1"}
         if not on_gpu:
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a process
-        with resident.outlasting():
+        with resident.outliving_attempt():
             return subprocess.Popen(
                 [sys.executable, "-m", "generation.guard", str(os.getpid()), *command],
                 env={**os.environ, **variables},

@@ -90,7 +90,7 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
         return there
     directory = partial_directory(target, key)
     lock = DirectoryLock(directory, target)
-    lock.when_free(lambda: lock.take(fcntl.LOCK_EX), 0)
+    lock.take_when_free(lambda: lock.take(fcntl.LOCK_EX), 0)
     if target.exists():  # another process has written it in the meantime
         shutil.rmtree(directory)
         _require_same(target, record, outputs)

@@ -18,7 +18,7 @@ from contracts.files import write_atomically
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.processes import end_marked
-from contracts.tailing import end_of_input, whole_lines
+from contracts.tailing import complete_lines, stdin_closed
 from tracking.base import TrackedRun, Tracker
 from tracking.task import MARK, TrackingTask, sent_file
 
@@ -38,7 +38,7 @@ def main() -> int:
     run.own.mkdir(exist_ok=True)
     with locked(run.own / f"{task.tracker}.lock"):  # a process of an earlier command may still be sending
         end_marked(f"{MARK}={os.environ[MARK]}")  # processes that its library left behind when it was killed
-        ended, seconds = end_of_input(), POLL_SECONDS
+        ended, seconds = stdin_closed(), POLL_SECONDS
         if task.settings.get("mode") == "offline":
             seconds = OFFLINE_SECONDS
             ended.wait(seconds)
@@ -56,7 +56,7 @@ def follow(path: Path, tracker: Tracker, ended: threading.Event, seconds: float)
     offset, last = 0, False
     while not last:
         last = ended.is_set()  # checked before the file is read, so that everything written until the end is sent
-        content = whole_lines(path, offset)
+        content = complete_lines(path, offset)
         offset += len(content)
         if points := [point for point in decode_points(content) if point.point >= first]:
             tracker.log(points)

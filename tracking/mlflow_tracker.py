@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
-from contracts.nested import flat
+from contracts.nested import flatten
 from contracts.points import Point
 from tracking.base import POINT, TrackedRun
 
@@ -38,7 +38,7 @@ class MlflowTracker:
         else:
             tags = {RUN_TAG: run.id, MLFLOW_RUN_NAME: settings["name"] or run.name}
             self._id = self._client.create_run(experiment, tags=tags).info.run_id
-            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in flat(run.config).items()]
+            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in flatten(run.config).items()]
             for begin in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._id, params=params[begin : begin + PARAMS_AT_ONCE])
         self._client.update_run(self._id, status="RUNNING")

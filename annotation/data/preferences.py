@@ -19,9 +19,9 @@ from annotation.data.rlhflow import IMPORTED
 from contracts.artifacts import Artifact
 from contracts.conversations import read_messages
 from contracts.errors import UserError, did_you_mean
-from contracts.fields import half_a_character
+from contracts.fields import surrogate_error
 from contracts.jsonl import encode, read_jsonl
-from contracts.layouts import has, look_up
+from contracts.layouts import has_column, look_up
 from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.records import PROMPTS, ROLLOUTS, Completion, Message, Prompt, Rollout, Score
@@ -80,7 +80,7 @@ def run_import(config: PreferencesImportConfig, context: Context) -> Outcome:
         ledger = Ledger("pairs") if start else dropped
         ledger.keep(len(part))
         context.publication.write_rows(f"shard-{start // config.shard_size:05d}.jsonl", part, ledger)
-    facts = {"bos_token_id": chat.begin_id, "vocabulary": chat.vocabulary, "tokenizer": chat.fingerprint}
+    facts = {"bos_token_id": chat.bos_id, "vocabulary": chat.vocabulary, "tokenizer": chat.fingerprint}
     return Outcome("pairs", {**facts, **chat.counts})
 
 
@@ -187,7 +187,7 @@ class PreferenceRow:
         try:
             encode([*messages, better, worse])
         except UnicodeEncodeError as error:
-            raise half_a_character(self.place, error) from error
+            raise surrogate_error(self.place, error) from error
         return Preference(prompt_id(messages), messages, (better, worse), scores or (1.0, 0.0))
 
     def _prompt(self) -> tuple[Message, ...]:
@@ -198,7 +198,7 @@ class PreferenceRow:
     def _conversation(self, column: PreferenceColumn, asked: tuple[Message, ...]) -> tuple[Message, ...]:
         """The whole conversation that ends with one of the answers; the prompt is part of the column or has its own."""
         name, value = self._find(column)
-        if value is None and has(self.values, name):
+        if value is None and has_column(self.values, name):
             raise UserError(f"{self.place}: the column {name!r} is null. Remove the row.")
         if value is None:
             raise UserError(
@@ -239,7 +239,7 @@ class PreferenceRow:
         """The name of a column and its value; the value is None if there is no such column."""
         if column in self.columns:
             name = self.columns[column]
-            if name is not None and not has(self.values, name):
+            if name is not None and not has_column(self.values, name):
                 raise UserError(
                     f"{self.place}: no column {name!r}; found {', '.join(self.values)}."
                     f"{did_you_mean(name, self.values, 2)} Set columns={{{column}: NAME}}."

@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from annotation.config import RlhflowExportConfig, RlhflowImportConfig, RlhflowScoresConfig
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.fields import half_a_character, tools_of
+from contracts.fields import surrogate_error, tools_of
 from contracts.formats import read_file
 from contracts.joining import join
 from contracts.jsonl import encode, read_jsonl, write_jsonl
@@ -84,7 +84,7 @@ class RlhflowFile:
                 "a list of numbers."
             ) from error
         except UnicodeEncodeError as error:
-            raise half_a_character(place, error) from error
+            raise surrogate_error(place, error) from error
         if rewards is not None and len(rewards) != len(responses):
             raise UserError(
                 f"{place}: {len(rewards)} rewards for {len(responses)} responses. Give one reward for each response."

@@ -19,7 +19,7 @@ from contracts.fingerprint import digest
 from contracts.joining import join
 from contracts.jsonl import read_jsonl
 from contracts.ledger import Ledger, merge
-from contracts.mixture import signal
+from contracts.mixture import no_signal_reason
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from contracts.stage import Context, Outcome
 
@@ -112,7 +112,7 @@ def _with_signal(config: SelectConfig, path: Path, scores: Path) -> tuple[list[R
     ledger, rows = Ledger("prompts"), []
     for rollout, found in join(Artifact.open(path, ROLLOUTS), {"scores": Artifact.open(scores, SCORES)}):
         values = [score.score for score in found["scores"].values()]
-        lacks = None if config.margin is None else signal(values, config.margin)
+        lacks = None if config.margin is None else no_signal_reason(values, config.margin)
         if lacks is None:
             ledger.keep()
             rows.append(rollout)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from annotation.config import CheckpointEvaluationConfig
-from contracts.callables import blamed, load_callable
+from contracts.callables import as_user_mistake, load_callable
 from contracts.errors import UserError, did_you_mean
 from contracts.files import write_atomically
 from contracts.ledger import Ledger
@@ -72,7 +72,7 @@ def _evaluate(function: Any, config: CheckpointEvaluationConfig, output: Path) -
         UserError: it fails, or returns something other than metrics.
     """
     what = f"function {config.function!r}"
-    with blamed(f"{what} failed on {config.checkpoint}"):
+    with as_user_mistake(f"{what} failed on {config.checkpoint}"):
         found = function(config.checkpoint, output, **config.keywords)
     if not isinstance(found, Mapping):
         raise UserError(f"{what} returned {found!r:.80}; it must return its metrics, numbers by name: {{'acc': 0.5}}.")

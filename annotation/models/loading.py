@@ -53,7 +53,7 @@ def open_model(config: ModelSettings, opening: Opening) -> Scorer:
     scorer: Scorer
     scorer, start = hold(
         "scorer",
-        like=digest([fields, longest]),
+        fixed=digest([fields, longest]),
         content=digest(inputs),
         open_=lambda: load(config.reader)(config, longest),
     )

@@ -28,7 +28,7 @@ from contracts.attempt import beat
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
-from contracts.model_size import size_by
+from contracts.model_size import size_from_config
 from contracts.pairwise import PairwiseChat
 from contracts.records import Message, Score
 from modeling.heads import head_shape
@@ -253,7 +253,7 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
     settings: dict[str, Any] = json.loads((config.model / "config.json").read_bytes())
     # vLLM uses longrope's long factors only if max_model_len exceeds the original context.
     most = max(longest or 0, (context_switch(settings) or -1) + 1)
-    size = size_by(dict(text_settings(settings)))
+    size = size_from_config(dict(text_settings(settings)))
     number = 4 if dtype == "float32" else 2
     arguments: dict[str, Any] = {
         "model": str(config.model),

@@ -14,7 +14,7 @@ import msgspec
 from annotation.samples import Sample
 from annotation.scorers.process_reward import ProcessRewardSettings
 from contracts.chat import ChatTokenizer, slot, without_slots
-from contracts.conversations import with_answer, without_beginning
+from contracts.conversations import split_prefill, with_answer
 from contracts.errors import UserError
 from contracts.preflight import Finding
 from contracts.records import Message
@@ -151,7 +151,7 @@ class StepChat:
     def _turns(messages: Sequence[Message], said: Sequence[str]) -> list[Message]:
         """The conversation with each step as a user turn, the first one appended to the prompt, and a slot as the
         reply."""
-        before, begun = without_beginning(messages)
+        before, begun = split_prefill(messages)
         first, *others = said
         first = begun + first
         *earlier, last = before

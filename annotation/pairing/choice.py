@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from annotation.pairing.strategies import Candidate, PairPrompt, Proposal, Samples
-from contracts.callables import blamed, place_of
+from contracts.callables import as_user_mistake, place_of
 from contracts.errors import UserError
 
 TOO_FEW = "too_few_samples"
@@ -156,7 +156,7 @@ def _proposed(
     """Call the strategy and check its result: sample index pairs, or the reason for which there are none."""
     with (
         _time_limit(seconds, f"{what}, prompt {prompt.prompt_id}"),
-        blamed(f"{what} failed on prompt {prompt.prompt_id}"),
+        as_user_mistake(f"{what} failed on prompt {prompt.prompt_id}"),
     ):
         returned: Any = propose(list(ranked), prompt)
         found = returned

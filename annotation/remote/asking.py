@@ -120,7 +120,7 @@ class Asker:
                 named = type(error)(f"the judge at {inquiries[index].sample}: {error}")
                 if index not in faults:
                     faults[index] = Fault(named)
-                    self.tolerance.bear(faults[index])
+                    self.tolerance.record(faults[index])
             done += 1
             report_within(done * len(samples) // (votes * len(inquiries)), len(samples), "samples")
 

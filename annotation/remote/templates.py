@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from contracts.conversations import without_beginning
+from contracts.conversations import split_prefill
 from contracts.errors import UserError
 from contracts.records import Message, Rollout
 
@@ -112,7 +112,7 @@ class Question:
         Raises:
             UserError: the template uses an unknown variable, or fails on these values.
         """
-        turns, begun = without_beginning(rollout.messages)
+        turns, begun = split_prefill(rollout.messages)
         asked |= {name: begun + asked[name] for name in ("response", "first", "second") if name in asked}
         values = {
             **self._known,

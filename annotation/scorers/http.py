@@ -54,7 +54,7 @@ class HttpSettings(RemoteSettings, RewardScorerSettings):
         """Name of the service."""
         return self.service
 
-    def asked_servers(self) -> list[str]:
+    def server_urls(self) -> list[str]:
         """The URLs that requests go to."""
         return self.url
 

@@ -3,9 +3,9 @@
 from typing import Any, ClassVar, Literal
 
 from annotation.scorers.base import ScoreConfig, WorkerSettings
-from contracts.config import identity, worded
+from contracts.config import described_pattern, identity
 
-CODE = worded("^[a-z]{2,3}$", "an ISO 639 code in small letters, for example en")
+CODE = described_pattern("^[a-z]{2,3}$", "an ISO 639 code in small letters, for example en")
 
 
 class LanguageSettings(WorkerSettings):

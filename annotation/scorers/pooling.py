@@ -102,4 +102,4 @@ def cache_bytes(size: Size, longest: int, batch_tokens: int, number: int) -> int
         number: bytes per number.
     """
     tokens = max(longest, batch_tokens) + MOST_SEQUENCES * BLOCK
-    return max(LEAST_CACHE, size.cache_numbers * number * tokens)
+    return max(LEAST_CACHE, size.cache_elements * number * tokens)

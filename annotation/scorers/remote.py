@@ -125,7 +125,7 @@ class JudgeSettings(RemoteSettings):
                 raise ValueError("pattern has no group. Put what is the judgement in parentheses.")
         return self
 
-    def asked_servers(self) -> list[str]:
+    def server_urls(self) -> list[str]:
         """The URLs that requests go to."""
         return [self.url]
 

@@ -87,7 +87,7 @@ class ShardJournals:
             report_within(len(results), len(samples), "samples")
             for value in found.values():
                 if isinstance(value, Fault):
-                    self._tolerance.bear(value)
+                    self._tolerance.record(value)
 
         try:
             yield results, note

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.declaration import Stage
-from contracts.model_size import Size, size_by
+from contracts.model_size import Size, size_from_config
 from contracts.outlook import STAGE, Outlook, RowStats
 from contracts.records import WORLD
 from embedded.config import WorldConfig
@@ -25,7 +25,7 @@ class World(Stage[WorldConfig]):
         """The size of the model, a Llama with attention heads of size 32."""
         from embedded.reviews import vocabulary  # its patterns take time to compile, and most runs have no toy task
 
-        return size_by(
+        return size_from_config(
             {
                 "model_type": "llama",
                 "hidden_size": config.hidden_size,

@@ -180,7 +180,7 @@ def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats
             batch = min(batch, config.shard_size * config.k)
     elif config.max_prompt_tokens is not None:
         longest = config.max_prompt_tokens + config.max_new_tokens
-    token = size.cache_numbers * number
+    token = size.cache_elements * number
     devices = config.tensor_parallel
     if config.engine == "transformers":
         cache = 2 * batch * longest * token

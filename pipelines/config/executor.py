@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from contracts.config import Section, runtime, worded
+from contracts.config import Section, described_pattern, runtime
 from contracts.declaration import Workload
 from contracts.errors import did_you_mean
 from contracts.stopping import DEFAULT_GRACE
@@ -78,7 +78,7 @@ class ResourcesSection(Section):
     """GPUs: for a training per node, for generation and scoring per task of the array. In the section for all stages:
     per node of a training (by default as many as `hardware` says, else none), and if there are any, a task gets those
     of one replica of its model: tensor_parallel, or 1. Light stages have none unless their own entry says so."""
-    gpu_type: str | None = runtime(None, pattern=worded("^[A-Za-z0-9_.-]+$", "letters, digits, _, . and -"))
+    gpu_type: str | None = runtime(None, pattern=described_pattern("^[A-Za-z0-9_.-]+$", "letters, digits, _, . and -"))
     """GPU type, on clusters that name them, for example h100; any if not set."""
     cpus: int | None = runtime(None, ge=1)
     """CPU cores per task or, in a training, per node. By default 8 per GPU; without GPUs 1 for each of the stage's

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from annotation.pairing.config import PairsSettings
 from annotation.scorers import SETTINGS, AnyScorer
 from annotation.scorers.expression import OWN, cycle_in
-from contracts.config import Section, identity, runtime, validate, worded
+from contracts.config import Section, described_pattern, identity, runtime, validate
 from contracts.nested import leaves
 from contracts.template import DATE, Day, Variables
 from embedded.config import WorldSettings
@@ -38,7 +38,9 @@ from tracking.config import TrackingSection
 from training.config import ExperienceSettings, PolicySettings, SftSettings, require_correctable, require_whole_model
 from training.registry import BUILT_IN, Description, check_settings, describe
 
-RUN = worded("^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", "a letter or a digit, then also ., _ and -, at most 100 in all")
+RUN = described_pattern(
+    "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", "a letter or a digit, then also ., _ and -, at most 100 in all"
+)
 
 
 class RunConfig(Section):

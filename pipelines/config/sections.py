@@ -9,7 +9,7 @@ from annotation.config import CheckpointEvaluationSettings
 from annotation.data.mixing import PreferenceSettings
 from annotation.gating.config import GateSettings
 from annotation.pairing.config import PairsSettings
-from contracts.config import Section, identity, runtime, worded
+from contracts.config import Section, described_pattern, identity, runtime
 from contracts.mixture import CurriculumSettings
 from contracts.prompts import PromptsSettings
 from generation.config import GenerationSettings
@@ -17,7 +17,7 @@ from pipelines.environments.launch import OWN, EnvironmentConfig
 from pipelines.environments.locked import NAMES, STAGES
 from training.config import CriticSettings, RewardSettings
 
-NAME = worded("^[A-Za-z][A-Za-z0-9_-]{0,49}$", "a letter, then letters, digits, _ and -, at most 50 in all")
+NAME = described_pattern("^[A-Za-z][A-Za-z0-9_-]{0,49}$", "a letter, then letters, digits, _ and -, at most 50 in all")
 """The pattern of names that users choose, of hooks, gates, evaluations and environments."""
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from contracts.errors import UserError, as_user_error
 from contracts.manifest import MANIFEST
-from contracts.nested import placed_leaves
+from contracts.nested import leaves_with_paths
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
 from contracts.preflight import Finding, Level
@@ -285,7 +285,7 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
 
 def check_tokens(plan: Plan) -> Iterator[Finding]:
     """Check that the configuration holds no access tokens, and that the environment holds those that it needs."""
-    values = placed_leaves(plan.config.model_dump(mode="json", exclude_unset=True))
+    values = leaves_with_paths(plan.config.model_dump(mode="json", exclude_unset=True))
     # Tokens of a recognisable form are already refused when the configuration is parsed.
     places = [place for place, value in values if NAMED_TOKEN.search(f"{place}={value}")]
     for place in places:

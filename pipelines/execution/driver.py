@@ -16,7 +16,7 @@ from typing import NoReturn
 from annotation.gating.decision import GateDecision
 from contracts import stopping
 from contracts.errors import RunStoppedError, UserError
-from contracts.files import appears
+from contracts.files import exists_uncached
 from contracts.manifest import MANIFEST
 from contracts.processes import wait_for_end
 from pipelines.execution.attempts import StageFailedError
@@ -81,7 +81,7 @@ class Driver:
         ended = RunEnded(outcome="failed")
         try:
             self.recover()
-            for number in stopping.heeded((*stopping.SIGNALS, signal.SIGHUP)):
+            for number in stopping.not_ignored((*stopping.SIGNALS, signal.SIGHUP)):
                 signal.signal(number, _interrupt)
             with self.lifecycle.retention:
                 self.publish_all()
@@ -217,7 +217,7 @@ class Driver:
             if not running.job.ended():
                 continue
             node, decision = running.node, running.decision
-            published = appears(node.output / MANIFEST)
+            published = exists_uncached(node.output / MANIFEST)
             if decision.follows and published and not self.published.issuperset(node.needs):
                 continue  # ended before the maker of its input: handled after that
             del self.running[node.name]

@@ -34,7 +34,7 @@ from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.following import FOLLOW, Maker, announcement
 from contracts.forks import DOOR, LABEL, Process, fork, stays
-from contracts.limits import limit_behind_signal
+from contracts.limits import limit_message_for_signal
 from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
 from contracts.surroundings import without_foreign
@@ -135,7 +135,7 @@ def supervise(
             end_marked(f"{ATTEMPT}={folder}")
     code = process.returncode
     assert code is not None
-    if (code < 0 or code > 128) and (limit := limit_behind_signal(-code if code < 0 else code - 128)):
+    if (code < 0 or code > 128) and (limit := limit_message_for_signal(-code if code < 0 else code - 128)):
         report_failure("user", limit, folder)
     if not asked_to_stop():
         record = {"code": code, "started": start, "ended": start + time.monotonic() - begun}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from contracts import surroundings
-from contracts.tailing import end_of_input
+from contracts.tailing import stdin_closed
 from pipelines.config.sections import HubSection
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, RunEnded, RunStarted
@@ -37,7 +37,7 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
     from pipelines.hub.push import Pusher  # imports huggingface_hub
 
     surroundings.imported()
-    ended = end_of_input()
+    ended = stdin_closed()
 
     def patience() -> float:
         return min(section.patience_seconds, LAST_PATIENCE) if ended.is_set() else section.patience_seconds

@@ -19,7 +19,7 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST, Manifest
 from contracts.points import KEY, REPORTS, Point, Report, decode_reports
-from contracts.tailing import whole_lines
+from contracts.tailing import complete_lines
 from pipelines.execution.attempts import decision_of
 from pipelines.graph import Graph, Node, name_of
 from pipelines.run.directory import RunDirectory
@@ -82,7 +82,7 @@ class Collector:
                 decision = replace(decision, key=published)
             for file in sorted(attempt.rglob(REPORTS)):
                 begin = self._read.get(file, 0)
-                whole = whole_lines(file, begin) if file.stat().st_size > begin else b""
+                whole = complete_lines(file, begin) if file.stat().st_size > begin else b""
                 if not whole:
                     continue
                 self._read[file] = begin + len(whole)

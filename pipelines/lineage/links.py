@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from contracts.artifacts import Artifact, input_digest
 from contracts.errors import UserError
-from contracts.files import is_there
+from contracts.files import exists_or_matches
 from contracts.fingerprint import MODEL_FILES, digest
 from contracts.manifest import MANIFEST, Manifest
 from pipelines.run.decisions import ALTERNATIVES, SUPERSEDED
@@ -173,7 +173,7 @@ class Index:
         """Find an input that no stage of the run made: a user's file, a model, an artifact of another run."""
         # An input that was in the run has to be in the run now, not in a former directory of it that still exists.
         place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
-        if not link.path.startswith("hf:") and not is_there(place):
+        if not link.path.startswith("hf:") and not exists_or_matches(place):
             return Found("gone", link, place, inside=inner is not None)
         if place not in self._outside:
             self._outside[place] = input_digest(link.path if inner is None else place)

@@ -18,7 +18,7 @@ import msgspec
 from annotation.scorers.base import ANSWER_FIX, ScoreConfig
 from contracts.config import Role
 from contracts.errors import UserError
-from contracts.files import is_there, write_atomically
+from contracts.files import exists_or_matches, write_atomically
 from contracts.fingerprint import digest
 from contracts.mixture import DrawConfig, shares, too_few_prompts
 from contracts.nested import leaves
@@ -133,12 +133,12 @@ def requests_of(graph: Graph, environment: str) -> tuple[StageRequest, ...]:
 def reads_from_outside(node: Node, graph: Graph) -> bool:
     """Whether a node reads anything that exists before the run, or sends requests to a server."""
     try:
-        if node.config.source_files() or node.config.asked_servers():
+        if node.config.source_files() or node.config.server_urls():
             return True
     except UserError:  # reported by `input_mistakes`
         return False
     return any(
-        is_there(origin_of(path, graph)) and graph.owner(origin_of(path, graph)) is None
+        exists_or_matches(origin_of(path, graph)) and graph.owner(origin_of(path, graph)) is None
         for path in node.config.input_paths()
     )
 
@@ -311,7 +311,7 @@ def _sources(graph: Graph, environment: str) -> list[Path]:
 def _servers(graph: Graph, environment: str) -> list[str]:
     """The servers that the stages of an environment send requests to; their state cannot be part of a cache key."""
     return [
-        url for node in graph.nodes.values() if node.environment == environment for url in node.config.asked_servers()
+        url for node in graph.nodes.values() if node.environment == environment for url in node.config.server_urls()
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contracts.declaration import ModelUse
 from contracts.errors import UserError
-from contracts.files import is_there
+from contracts.files import exists_or_matches
 from contracts.models import ModelInfo
 from contracts.template import ChatFields, ChatTemplate
 from contracts.tokenizer import require_tokenizer
@@ -54,7 +54,7 @@ def input_mistakes(graph: Graph) -> Iterator[UserError]:
             if path in seen:
                 continue
             seen.add(path)
-            if not str(path).startswith("hf:") and not is_there(path):
+            if not str(path).startswith("hf:") and not exists_or_matches(path):
                 yield UserError(
                     f"stage {node.name}: input {path} does not exist. Give a path that does, or hf:ORG/NAME."
                 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.fingerprint import MODEL_FILES
-from contracts.model_size import Size, is_head, size_by
+from contracts.model_size import Size, is_head, size_from_config
 from pipelines.planning.hub import name_and_revision
 
 
@@ -22,7 +22,7 @@ def read_size(model: Path) -> Size | None:
         return None
     text = {**config, **(config.get("text_config") or {})}
     try:
-        size = size_by(text)
+        size = size_from_config(text)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     others = sum((model / name).stat().st_size for name in MODEL_FILES if (model / name).is_file())

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from contracts.tailing import appending, whole_lines
+from contracts.tailing import appending, complete_lines
 
 FILE = "events.jsonl"
 
@@ -297,7 +297,7 @@ class EventReader:
 
     def news(self) -> list[Event]:
         """The events since the last call; a line that is still being written is returned by a later call."""
-        content = whole_lines(self._path, self._offset)
+        content = complete_lines(self._path, self._offset)
         self._offset += len(content)
         return decode_events(content)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from contracts.config import apply_overrides
 from contracts.errors import UserError
-from contracts.nested import flat
+from contracts.nested import flatten
 
 MAX_RUNS = 256
 """Maximum number of runs of a sweep; more are most likely a mistake."""
@@ -37,7 +37,7 @@ def grid(overrides: list[str]) -> list[GridPoint]:
     axes: dict[str, list[Any]] = {}
     fixed: list[str] = []
     for item in overrides:
-        ((key, value),) = flat(apply_overrides({}, [item])).items()
+        ((key, value),) = flatten(apply_overrides({}, [item])).items()
         if isinstance(value, list) and value and key not in LOCATION_KEYS:
             axes[key] = list({json.dumps(one): one for one in value}.values())  # each once
         else:

@@ -386,10 +386,10 @@ def test_an_engine_that_is_not_there_is_told_before_anything_is_scored(tmp_path,
 
 
 def test_an_engines_memory_has_its_cache(tmp_path, models):
-    from contracts.model_size import size_by
+    from contracts.model_size import size_from_config
 
     keys = {"output": tmp_path / "s", "rollouts": tmp_path, "kind": "reward_model", "model": models["reward"]}
-    size = size_by(json.loads((models["reward"] / "config.json").read_text()))
+    size = size_from_config(json.loads((models["reward"] / "config.json").read_text()))
     plain, pooled = (
         score_config(**keys, engine=engine).memory(size, None, on_gpu=False) for engine in ("transformers", "vllm")
     )

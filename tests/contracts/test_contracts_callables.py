@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from contracts.attempt import ATTEMPT
-from contracts.callables import blamed, load_callable, source_file, source_files
+from contracts.callables import as_user_mistake, load_callable, source_file, source_files
 from contracts.errors import UserError
 from contracts.trial import Call
 
@@ -103,7 +103,10 @@ def test_a_traceback_is_printed_where_there_is_a_log(
     logged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ATTEMPT, str(tmp_path) if logged else "")
-    with pytest.raises(UserError, match=r"^f failed: KeyError: 'a' \(.*, line \d+\)\.") as told, blamed("f failed"):
+    with (
+        pytest.raises(UserError, match=r"^f failed: KeyError: 'a' \(.*, line \d+\)\.") as told,
+        as_user_mistake("f failed"),
+    ):
         {}["a"]
     assert ("The log has its traceback." in str(told.value)) == logged
     assert ("Traceback" in capsys.readouterr().err) == logged

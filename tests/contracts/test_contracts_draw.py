@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.artifacts import Artifact
-from contracts.drawing import LastAnswers, by_difficulty, difficulties
+from contracts.drawing import LastAnswers, difficulties, draw_by_difficulty
 from contracts.ledger import Ledger
-from contracts.mixture import CurriculumSettings, shares, signal
+from contracts.mixture import CurriculumSettings, no_signal_reason, shares
 from contracts.publication import Publication
 from contracts.records import PROMPTS, SCORES, Message, Prompt, Schema, Score
 
@@ -133,7 +133,7 @@ def test_a_curriculum_draws_as_many_as_it_is_asked_for_each_once(data: st.DataOb
     position, wanted = data.draw(st.integers(0, size)), data.draw(st.integers(1, size))
     known = data.draw(st.sets(st.integers(0, size - 1).filter(lambda number: number < position or size == 0)))
     values = {str(number): LastAnswers(data.draw(st.integers(0, 3)), (data.draw(st.floats(0, 1)),)) for number in known}
-    found = by_difficulty(some, position, wanted, CurriculumSettings(low=0.3, high=0.6, fresh=fresh), values)
+    found = draw_by_difficulty(some, position, wanted, CurriculumSettings(low=0.3, high=0.6, fresh=fresh), values)
     assert len({prompt.prompt_id for prompt in found.prompts}) == wanted == len(found.prompts)
     counts = found.counts
     assert counts["new"] + counts["again"] + counts["beyond_band"] == wanted
@@ -217,4 +217,4 @@ def test_each_source_replaces_its_own_prompts_without_a_signal(tmp_path: Path) -
     ],
 )
 def test_signal(values: list[float], margin: float, reason: str | None) -> None:
-    assert signal(values, margin) == reason
+    assert no_signal_reason(values, margin) == reason

@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/coming-from-trl.md"
 
 
 @pytest.mark.parametrize("entry", other_names.TABLE, ids=lambda entry: entry.names[0])
-def test_what_the_table_names_exists(entry: other_names.Other) -> None:
+def test_what_the_table_names_exists(entry: other_names.Alias) -> None:
     assert entry.ours or entry.note
     assert len(entry.ours.split()) <= 1
     if not entry.ours:

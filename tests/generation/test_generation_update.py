@@ -277,7 +277,7 @@ def test_what_stays_between_stages_is_no_part_of_an_attempt(monkeypatch: pytest.
     monkeypatch.setenv(ATTEMPT, "here")
     for allowed, seen in [(False, "here"), (True, None)]:
         monkeypatch.setattr(resident, "_allowed", allowed)
-        with resident.outlasting():
+        with resident.outliving_attempt():
             assert os.environ.get(ATTEMPT) == seen
         assert os.environ[ATTEMPT] == "here"
 

@@ -12,7 +12,7 @@ from typing import get_args, get_origin
 import pytest
 import yaml
 
-from contracts.config import IN_WORDS, Section
+from contracts.config import PATTERN_DESCRIPTIONS, Section
 from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
@@ -304,4 +304,6 @@ def test_what_a_name_may_be_is_said_in_words(smallest: Path, override: str, said
 def test_all_patterns_of_configurations_are_in_words() -> None:
     """What pydantic says of a text that does not fit is a regular expression."""
     schema = json.dumps(RunConfig.model_json_schema())
-    assert set(map(json.loads, re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema))) <= IN_WORDS.keys()
+    assert (
+        set(map(json.loads, re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema))) <= PATTERN_DESCRIPTIONS.keys()
+    )

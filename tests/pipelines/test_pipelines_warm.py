@@ -53,7 +53,7 @@ if what == "hang":
 if what == "keep":
     like, content, update = rest
     how = UPDATES[update]
-    value, start = resident.hold("thing", like=like, content=content, open_=lambda: [os.getpid()], update=how)
+    value, start = resident.hold("thing", fixed=like, content=content, open_=lambda: [os.getpid()], update=how)
     print(json.dumps({"start": start, "value": value, "pid": os.getpid(), "whose": os.environ["WHOSE"]}))
     sys.exit(0)
 if what == "replicas":
@@ -66,7 +66,8 @@ if what == "replicas":
         workers._run_replicas(int(rest[0]), 0)
         sys.exit(0)
     rank, cores = os.environ["RANK"], sorted(os.sched_getaffinity(0))
-    thing, start = resident.hold(rank, like="x", content=rest[1], open_=lambda: [os.getpid()], update=UPDATES["always"])
+    update = UPDATES["always"]
+    thing, start = resident.hold(rank, fixed="x", content=rest[1], open_=lambda: [os.getpid()], update=update)
     line = json.dumps({"rank": rank, "start": start, "opened": thing[0], "pid": os.getpid(), "cores": cores}) + "\\n"
     os.write(2, line.encode())
     sys.exit(int(rest[2]) if rank == "2" else 0)
@@ -77,7 +78,7 @@ if what == "tidy":
     pipe = subprocess.PIPE
     helper = subprocess.Popen([sys.executable, "-c", tidies, rest[0]], stdin=pipe, stdout=pipe)
     helper.stdout.readline()
-    resident.hold("thing", like="x", content="1", open_=lambda: helper)
+    resident.hold("thing", fixed="x", content="1", open_=lambda: helper)
     sys.exit(0)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from contracts.config import Role
 from contracts.errors import UserError
 from contracts.joining import scorer_of
 from contracts.manifest import MANIFEST
-from contracts.nested import flat
+from contracts.nested import flatten
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from pipelines.config.changes import merge
 from pipelines.config.run import RunConfig
@@ -184,7 +184,7 @@ def _changes(runs: list[RunDirectory]) -> list[Change]:
         if not all(isinstance(part, dict) for part in parts):  # a section that some run lacks counts as one change
             rows.append(Change(section, [_shown(part) for part in parts]))
             continue
-        inner = [flat(part, f"{section}.") for part in parts if isinstance(part, dict)]
+        inner = [flatten(part, f"{section}.") for part in parts if isinstance(part, dict)]
         for name in dict.fromkeys(name for found in inner for name in found):
             rows.append(Change(name, [_shown(found.get(name)) for found in inner]))
     return [row for row in rows if len(set(row.values)) > 1]

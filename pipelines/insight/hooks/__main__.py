@@ -21,7 +21,7 @@ from contracts.callables import load_callable
 from contracts.errors import UserError
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
-from contracts.tailing import end_of_input, whole_lines
+from contracts.tailing import complete_lines, stdin_closed
 from pipelines.insight.hooks.happenings import Begun, Happening, Happenings, in_words, of_point
 from pipelines.insight.hooks.task import HookTask, Progress, ProgressFile
 from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
@@ -36,7 +36,7 @@ def main() -> int:
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=HookTask)
     run = Path(task.run)
     os.nice(5)  # the stages come first
-    ended = end_of_input()
+    ended = stdin_closed()
     threading.Thread(target=_end_after, args=(ended, task.grace_seconds), daemon=True).start()
     with locked(run / "hooks" / f"{task.hook}.lock"):  # a process of an earlier command may still be calling it
         try:
@@ -72,7 +72,7 @@ class Telling:
         self._happenings = Happenings(self._run, task.evaluated)
         self._begun = Begun(self._run)
         self._failures = 0
-        for event in decode_events(whole_lines(self._run / FILE, 0)[: progress.events]):
+        for event in decode_events(complete_lines(self._run / FILE, 0)[: progress.events]):
             for _ in self._happenings.of(event):
                 pass  # the function was called for it, or it was before this hook
 
@@ -81,12 +81,12 @@ class Telling:
         last = False
         while not last:
             last = ended.wait(POLL_SECONDS)  # before the files are read, so that the last pass sees all of them
-            for line in whole_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
+            for line in complete_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
                 points = filter(self._begun.made, decode_points(line))
                 found = (happening for point in points if (happening := of_point(point)))
                 self._progress.metrics += len(line)
                 self._tell(found)
-            for line in whole_lines(self._run / FILE, self._progress.events).splitlines(keepends=True):
+            for line in complete_lines(self._run / FILE, self._progress.events).splitlines(keepends=True):
                 found = (happening for event in decode_events(line) for happening in self._happenings.of(event))
                 self._progress.events += len(line)
                 self._tell(found)

@@ -115,7 +115,7 @@ def decode_seconds(work: Operations, sheet: DataSheet) -> float:
     batch = max(1, work.batch)
     steps = math.ceil(work.answer_tokens / copies / batch)
     operations = forward_operations(size, batch, work.length, batch) / parts
-    cache = batch * size.cache_numbers * work.number * work.length / 2
+    cache = batch * size.cache_elements * work.number * work.length / 2
     moved = (size.parameters * work.number + cache) / parts
     step = _roof(operations, moved, work.number, sheet) + size.layers * DISPATCH_SECONDS[sheet.is_gpu]
     if parts > 1:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from contracts.config import Role, read_yaml, validate
 from contracts.errors import RunStoppedError, TransientError, UserError
-from contracts.files import appears
+from contracts.files import exists_uncached
 from contracts.locks import locked
 from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import STAGE_CONFIG, decision_of, write_decision
@@ -199,7 +199,7 @@ def _prepare(here: Here) -> Decision:
         raise TransientError(
             f"stage {node.name} was submitted before a gate had taken the run back: it is another now."
         )
-    missing = [name for name in node.needs if not appears(graph.nodes[name].output / MANIFEST)]
+    missing = [name for name in node.needs if not exists_uncached(graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
     again = here.attempt / AGAIN
@@ -224,7 +224,7 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
     if jobs is None:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
         return FAILED
-    published = appears(node.output / MANIFEST)
+    published = exists_uncached(node.output / MANIFEST)
     for event in outcome_of(node.name, attempt, jobs.tasks, published=published):
         run.record(event)
         print(event.text)

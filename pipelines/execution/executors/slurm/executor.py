@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.errors import UserError
-from contracts.files import appears
+from contracts.files import exists_uncached
 from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import decision_of
 from pipelines.execution.endings import PUBLISHER, parts_of
@@ -208,7 +208,7 @@ class AttachedJob:
     def clear(self) -> list[JobEnded]:
         """Keep the jobs' output in the attempt. Returns their events."""
         keep_output(self._attempt, self._queue.run)
-        published = appears(self._node.output / MANIFEST)
+        published = exists_uncached(self._node.output / MANIFEST)
         return outcome_of(self._node.name, self._attempt, self._jobs.tasks, published=published)
 
     def cancel(self) -> None:

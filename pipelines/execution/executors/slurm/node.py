@@ -18,7 +18,7 @@ import submitit
 
 from contracts.attempt import ATTEMPT, PROGRESS, ROLE, fail
 from contracts.errors import TransientError, UserError
-from contracts.files import appears, write_atomically
+from contracts.files import exists_uncached, write_atomically
 from contracts.stopping import SIGNALS
 from pipelines.execution.endings import PUBLISHER
 from pipelines.execution.executors.base import Entry
@@ -192,7 +192,7 @@ def _rendezvous(task: SlurmTask, index: int) -> str:
             port = probe.getsockname()[1]
         write_atomically(path, f"{submitit.JobEnvironment().hostnames[0]}:{port}".encode())
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
-    while not appears(path):
+    while not exists_uncached(path):
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"the first node of the job did not start within {RENDEZVOUS_SECONDS:.0f} s ({path} is missing)"
