@@ -12,9 +12,9 @@ if __name__ == "__main__":
 
 from contracts.declaration import stages_of
 from contracts.stage import main
-from training.launch import die_with_launcher, leaves_without_teardown
+from training.launch import die_with_launcher, exit_without_teardown
 
 if __name__ == "__main__":
     die_with_launcher()
-    with leaves_without_teardown():
+    with exit_without_teardown():
         main(stages_of("training"), "training")

@@ -26,7 +26,7 @@ class Bin(msgspec.Struct):
     """Share of the pairs in which the preferred answer is the better one; a tie counts as half."""
 
 
-def judgements(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
+def evaluate_pairs(scores: NDArray[np.float32], *, orders: int) -> FinalReport:
     """Evaluate a reward model on held-out pairs.
 
     Args:

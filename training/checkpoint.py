@@ -63,30 +63,30 @@ def save_checkpoint(
         RuntimeError: a tensor is missing, empty, of another shape, or not finite, or tied weights differ.
     """
     _require_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
-    once = _stored_once(state, model)
-    whole = revert_weight_conversion(model, dict(once))
+    deduplicated = _without_tied_copies(state, model)
+    whole = revert_weight_conversion(model, dict(deduplicated))
     facts: dict[str, Any] = {}
-    rests: dict[str, Tensor] = {}
+    remainders: dict[str, Tensor] = {}
     if dtype == torch.bfloat16:
-        tensors, rests = _halves(whole)
+        tensors, remainders = _split_precision(whole)
         facts = _update_kept(start, whole, tensors)
     else:
-        tensors = _separate(whole, dtype)
+        tensors = _convert(whole, dtype)
     files = dict(_shards(tensors, shard_bytes))
     if value_head is not None:
-        files[VALUE_HEAD] = _separate({"weight": value_head}, torch.float32)
+        files[VALUE_HEAD] = _convert({"weight": value_head}, torch.float32)
     for name, group in files.items():
         _commit(publication, name, group, unit)
-    if rests:
+    if remainders:
         hashes = {name: _sha256(publication, name) for name in files if name != VALUE_HEAD}
-        for name, group in _shards(rests, shard_bytes):
+        for name, group in _shards(remainders, shard_bytes):
             _commit(publication, f"{MASTER}/{name}", group, unit, **{BELONGS_TO: belonging(hashes)})
     names = dict(_index(tensors, shard_bytes))
     if len(set(names.values())) > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": names}
         _write_json(publication, "model.safetensors.index.json", index, unit)
-    tied = {"tie_word_embeddings": True} if len(once) < len(state) else {}
+    tied = {"tie_word_embeddings": True} if len(deduplicated) < len(state) else {}
     _write_json(publication, "config.json", _config(start, model.config, dtype, {**tied, **changes}), unit)
     for name in ("generation_config.json", *PROCESSOR_FILES, *TOKENIZER_FILES):
         source = (tokenizer if tokenizer and name in TOKENIZER_FILES else start) / name
@@ -106,7 +106,7 @@ def _require_shapes(found: Shapes, expected: Shapes) -> None:
     )
 
 
-def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _without_tied_copies(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The state without the second names of tied weights, as transformers and vLLM store it."""
     kept = dict(state)
     for second, first in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -117,19 +117,19 @@ def _stored_once(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return kept
 
 
-def _halves(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_precision(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split the state into bfloat16 tensors on the CPU and their nonzero remainders to fp32."""
-    upper: dict[str, Tensor] = {}
-    rests: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    remainders: dict[str, Tensor] = {}
     for name, tensor in sorted(state.items()):
-        upper[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        if not bool(torch.isfinite(upper[name]).all()):
+        rounded[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        if not bool(torch.isfinite(rounded[name]).all()):
             raise RuntimeError(f"tensor {name} of the checkpoint is empty or not finite")
         if tensor.is_floating_point():
-            upper[name], rest = split(upper[name])
+            rounded[name], rest = split(rounded[name])
             if has_rest(rest):
-                rests[name] = rest
-    return upper, rests
+                remainders[name] = rest
+    return rounded, remainders
 
 
 def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _commit(publication: Publication, name: str, group: dict[str, Tensor], unit:
     publication.commit(name, Ledger(unit))
 
 
-def _separate(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _convert(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copy tensors to the CPU in the stored dtype, without the memory sharing of tied weights."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()

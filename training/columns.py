@@ -80,9 +80,9 @@ def collect(config: ExperienceConfig, rollouts: Artifact, description: registry.
     columns.greedy = None if sources.greedy is None else array("d")
     ledger = Ledger("samples")
     for rollout, found in join(rollouts, sources.scores):
-        sources.require_different_samples(rollout)
+        sources.require_distinct_samples(rollout)
         for completion in rollout.completions:
-            if reason := sources.why_unusable(rollout, completion, found):
+            if reason := sources.drop_reason(rollout, completion, found):
                 ledger.drop(reason)
                 continue
             ledger.keep()
@@ -121,7 +121,7 @@ class Sources:
             sampled = Artifact.open(config.greedy_rollouts, ROLLOUTS)
             self.greedy = dict(self._read_greedy(sampled, Artifact.open(config.greedy, SCORES)))
 
-    def why_unusable(self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]) -> str | None:
+    def drop_reason(self, rollout: Rollout, completion: Completion, found: dict[str, ScoresBySample]) -> str | None:
         """The ledger's reason to drop a sample, which has no tokens or lacks a score; None to keep it."""
         if not completion.response_ids:
             return "empty"
@@ -179,7 +179,7 @@ class Sources:
             )
         return reward
 
-    def require_different_samples(self, rollout: Rollout) -> None:
+    def require_distinct_samples(self, rollout: Rollout) -> None:
         """Check that the samples of a prompt have distinct indices."""
         numbers = [completion.sample for completion in rollout.completions]
         if len(set(numbers)) < len(numbers):
@@ -217,7 +217,7 @@ class Sources:
 
     def _read_greedy(self, sampled: Artifact, scores: Artifact) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
         """Yield each prompt's greedy answer, after checking that it is greedy and has the same policy and scorer."""
-        if _judge_of(scores) != _judge_of(self.scores["rewards"]):
+        if _scorer_of(scores) != _scorer_of(self.scores["rewards"]):
             raise UserError(
                 f"greedy={scores.path} and rewards={self.scores['rewards'].path} are not by the same scorer, so they "
                 "cannot be compared. Score both with the same settings."
@@ -246,7 +246,7 @@ def _require_one_each(numbers: tuple[float, ...], completion: Completion, what: 
         )
 
 
-def _judge_of(scores: Artifact) -> Any:
+def _scorer_of(scores: Artifact) -> Any:
     """Everything that determines the scores: settings, model, the function's source."""
     parts = scores.manifest.key_parts
     inputs = {name: value for name, value in scores.manifest.inputs.items() if name != "rollouts"}

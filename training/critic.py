@@ -16,7 +16,7 @@ from modeling.rows import Response, Row, float_values, token_ids
 from training.algorithm import Metrics
 from training.algorithms.parts import clipped_value_loss
 from training.config import CriticConfig
-from training.data import length_limit, usable
+from training.data import length_limit, usable_rows
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
 from training.loop import Learning, Loss, MicroBatch
@@ -30,7 +30,7 @@ def run(config: CriticConfig, context: Context) -> Outcome:
     model_config = read_config(config.model)
     model_config.num_labels = 1
     ledger = Ledger("prompts")
-    rows = usable(
+    rows = usable_rows(
         value_rows(config),
         ledger,
         limit=length_limit(config, info),

@@ -11,14 +11,14 @@ from contracts.records import PAIRS, FinishReason, Pair
 from modeling.rows import Floats, Response, Row, token_ids
 from training.config import TrainingConfig
 
-Known = tuple[Mapping[str, float], dict[str, Floats]]
+AnswerInputs = tuple[Mapping[str, float], dict[str, Floats]]
 """Additional inputs of an answer: numbers, and columns with one number per token."""
 
 
-def pair_row(pair: Pair, chosen: Known = ({}, {}), rejected: Known = ({}, {})) -> Row:
+def pair_row(pair: Pair, chosen: AnswerInputs = ({}, {}), rejected: AnswerInputs = ({}, {})) -> Row:
     """A row with the chosen and the rejected answer to a prompt. Truncated answers never get an EOS."""
 
-    def response(ids: tuple[int, ...], score: float, finish_reason: FinishReason, known: Known) -> Response:
+    def response(ids: tuple[int, ...], score: float, finish_reason: FinishReason, known: AnswerInputs) -> Response:
         numbers, tokens = known
         return Response(
             token_ids(ids), {"score": score, "truncated": float(finish_reason == "length"), **numbers}, tokens
@@ -51,7 +51,7 @@ def length_limit(config: TrainingConfig, info: ModelInfo) -> int | None:
     return config.max_length or info.context_length
 
 
-def usable(
+def usable_rows(
     rows: Iterable[Row], ledger: Ledger, *, limit: int | None, vocabulary: int, max_dropped: float, what: str
 ) -> list[Row]:
     """The rows to train on; the others are dropped and counted in `ledger` as too_long or empty.

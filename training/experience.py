@@ -24,7 +24,7 @@ from training.config import ExperienceConfig
 SHARD = "shard-00000.jsonl"
 KL_COEFFICIENT = 0.05
 """The default coefficient, as in TRL's PPO."""
-LARGEST_ERROR = 0.2
+MAX_RELATIVE_ERROR = 0.2
 """Bound on the KL divergence's relative distance from its target, by which an adaptive coefficient changes."""
 
 
@@ -33,7 +33,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
     description = registry.describe(config.algorithm)
     coefficient = 0.0
     if "reference" in description.needs:
-        coefficient = first_coefficient(config) if config.previous is None else adapted(config, config.previous)
+        coefficient = adapted_coefficient(config, config.previous) if config.previous else initial_coefficient(config)
     with context.timed("load"):
         advantages_of = registry.load(config.algorithm).advantages
         rollouts = Artifact.open(config.rollouts, ROLLOUTS)
@@ -41,7 +41,7 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
     with context.timed("compute"):
         experience = columns.experience(coefficient)
         found = advantages_of(experience, **config.settings)
-        require_sound(found, experience, description)
+        require_valid(found, experience, description)
         if not experience.penalised and (config.kl_target is not None or config.kl_coefficient is not None):
             raise UserError(
                 f"algorithm {config.algorithm!r} puts no KL penalty into the reward, so kl_coefficient and kl_target "
@@ -62,12 +62,12 @@ def run(config: ExperienceConfig, context: Context) -> Outcome:
     return Outcome("samples", facts, rollouts.manifest.weights)
 
 
-def first_coefficient(config: ExperienceConfig) -> float:
+def initial_coefficient(config: ExperienceConfig) -> float:
     """The KL coefficient of the first iteration."""
     return KL_COEFFICIENT if config.kl_coefficient is None else config.kl_coefficient
 
 
-def adapted(config: ExperienceConfig, previous: Path) -> float:
+def adapted_coefficient(config: ExperienceConfig, previous: Path) -> float:
     """Adapt the coefficient to the previous iteration's KL divergence (Ziegler et al. 2019, section 2.2).
 
     coefficient · (1 + clip(KL / target - 1, -0.2, 0.2) · min(1, samples / horizon)). This is the paper's rule, with the
@@ -83,11 +83,11 @@ def adapted(config: ExperienceConfig, previous: Path) -> float:
             f"previous={previous} has no KL divergence and coefficient to go on from. Give the experience of an "
             "algorithm that puts a KL penalty into the reward, or leave previous out."
         )
-    error = min(max(facts["kl"] / config.kl_target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+    error = min(max(facts["kl"] / config.kl_target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
     return float(facts["kl_coefficient"] * (1 + error * min(1.0, facts["samples"] / config.kl_horizon)))
 
 
-def require_sound(
+def require_valid(
     found: algorithm.Advantages, experience: algorithm.Experience, description: registry.Description
 ) -> None:
     """Raise UserError unless an algorithm's `advantages` returned finite tensors of the right shape."""

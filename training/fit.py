@@ -28,11 +28,11 @@ from training.checkpoint import save_checkpoint
 from training.config import TrainingConfig
 from training.engines import create_engine
 from training.engines.base import TrainingEngine
-from training.layout import packing_of
 from training.loop import FinalReport, HeldOut, Learning, measure, train
 from training.lora import add_adapters, merge_adapters
 from training.models import pick_dtype, set_trainable
-from training.readback import probe, probes, require_same, say
+from training.packing import packing_of
+from training.readback import checkpoint_probe, compute_outputs, probe_rows, verify_checkpoint
 from training.slices import WeightSlices, reads_slices
 from training.state import Line, TrainingState
 
@@ -83,10 +83,10 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         # Without fp32 master weights in the engine, the weights are fp32 and bf16 is autocast: at the learning rates of
         # preference learning an update is smaller than the last bit of a bf16 weight. With LoRA only the adapters,
         # which are fp32, are updated.
-        begin = Start(config.model)
+        initial = Start(config.model)
         by_slices = reads_slices(config)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32, by_slices)
-        own = model.config._attn_implementation
+        own_attention = model.config._attn_implementation
         packing = set_packing(config, model)
         transposed: frozenset[str] = frozenset()
         if config.lora is not None:
@@ -101,7 +101,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
             slices=WeightSlices(config.model) if by_slices else None,
         )
         set_modes(model, config.gradient_checkpointing)
-        precision = _begin_exactly(begin, engine, dtype)
+        precision = _restore_master_weights(initial, engine, dtype)
     state = TrainingState(
         context.publication.directory / "state" / "training.safetensors",
         engine,
@@ -110,14 +110,14 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
     )
     report = FinalReport({}, {})
     with context.timed("compute"):
-        found = task.before(engine, packing) if task.before else {}
+        before_facts = task.before(engine, packing) if task.before else {}
         with stopping.deferred():  # a stop between `train` and `measure` must not lose steps
             log = train(config, context, engine, task.learning, packing, state)
             if task.held_out is not None:
                 report = measure(config, engine, task.held_out, packing, state, log)
     with context.timed("save"):
-        rehearsed = probes(rows)
-        said = say(engine, rehearsed, packing)
+        probed = probe_rows(rows)
+        outputs = compute_outputs(engine, probed, packing)
         gathered = _gather(engine, dtype)
         engine.barrier()
         if not engine.is_main:
@@ -125,11 +125,11 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         weights = {
             name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
         }
-        if begin.has_rests:
-            weights = {name: _exact(begin, name, tensor) for name, tensor in weights.items()}
+        if initial.has_rests:
+            weights = {name: _restore_remainder(initial, name, tensor) for name, tensor in weights.items()}
         if config.lora is not None:
             weights = merge_adapters(weights, config.lora, transposed)
-        kept = save_checkpoint(
+        checkpoint_facts = save_checkpoint(
             context.publication,
             weights,
             model,
@@ -142,16 +142,16 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         )
         del gathered, weights  # before the checkpoint is read back
         directory = context.publication.directory
-        same = require_same(directory, said, rehearsed, packing, dtype, task.read_back)
+        read_back = verify_checkpoint(directory, outputs, probed, packing, dtype, task.read_back)
         context.publication.write_rows("training-log.jsonl", log, task.ledger)
         for name, lines in report.files.items():
             context.publication.write_rows(name, lines, Ledger(task.ledger.unit))
     facts = {
         **task.facts,
-        **found,
-        **kept,
-        "read_back": same,
-        PROBE: None if (asked := probe(rehearsed, said, dtype)) is None else msgspec.to_builtins(asked),
+        **before_facts,
+        **checkpoint_facts,
+        "read_back": read_back,
+        PROBE: None if (found := checkpoint_probe(probed, outputs, dtype)) is None else msgspec.to_builtins(found),
         "start_precision": precision,
         "steps": len(log),
         "resumed_steps": state.resumed_steps,
@@ -160,7 +160,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         "dtype": str(dtype).removeprefix("torch."),
         "master_dtype": "float32",
         "trained_parameters": sum(math.prod(shape) for shape in engine.trained_shapes().values()),
-        "attention": str(own) if packing == "padded" else attention_on(engine.device, dtype),
+        "attention": str(own_attention) if packing == "padded" else attention_on(engine.device, dtype),
         "packing": packing,
         **engine.facts(),
         "device": engine.device.type,
@@ -168,28 +168,28 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
 
 
-def _begin_exactly(begin: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
+def _restore_master_weights(initial: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
     """Restore the previous training's fp32 weights in an engine that has initialized its master weights from bfloat16.
 
     Returns the precision of the weights that this training starts from.
     """
-    if not begin.has_rests or not engine.master_copies or dtype == torch.float32:
-        return begin.precision
+    if not initial.has_rests or not engine.master_copies or dtype == torch.float32:
+        return initial.precision
     names = {name: name.removeprefix("model.") for name in engine.trained_shapes()}
-    known = {name: stored for name, stored in names.items() if stored in begin.tensors}
+    known = {name: stored for name, stored in names.items() if stored in initial.tensors}
     if any(name.startswith("model.") and name not in known for name in names):
         return "bfloat16"  # this architecture's tensors have other names in memory than in files
     for name, stored in known.items():
-        engine.set_weights(name, begin.read(stored))
+        engine.set_weights(name, initial.read(stored))
     return "float32"
 
 
-def _exact(begin: Start, name: str, tensor: Tensor) -> Tensor:
+def _restore_remainder(initial: Start, name: str, tensor: Tensor) -> Tensor:
     """The initial fp32 value of a frozen bfloat16 weight, with its remainder to fp32; any other tensor unchanged."""
     stored = name.replace(".base_layer.", ".")
-    if tensor.dtype != torch.bfloat16 or stored not in begin.tensors or begin.tensors[stored].shape != tensor.shape:
+    if tensor.dtype != torch.bfloat16 or stored not in initial.tensors or initial.tensors[stored].shape != tensor.shape:
         return tensor
-    exact = begin.read(stored)
+    exact = initial.read(stored)
     return exact if torch.equal(split(exact)[0], tensor.cpu()) else tensor
 
 

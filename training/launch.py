@@ -79,7 +79,7 @@ def refuse_lone_process() -> None:
     Raises:
         UserError: it was asked for more.
     """
-    wanted = asked_of_accelerate(_words_of(os.getppid()))
+    wanted = processes_of_accelerate(_command_line(os.getppid()))
     if wanted > 1:
         raise UserError(
             f"`accelerate launch` was asked for {wanted} processes, but has started one (as on CPUs, with --cpu or "
@@ -88,7 +88,7 @@ def refuse_lone_process() -> None:
         )
 
 
-def _words_of(process: int) -> list[str]:
+def _command_line(process: int) -> list[str]:
     """The command line of a process; empty where /proc does not have it."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -96,20 +96,20 @@ def _words_of(process: int) -> list[str]:
         return []
 
 
-def asked_of_accelerate(words: list[str]) -> int:
+def processes_of_accelerate(words: list[str]) -> int:
     """The number of processes that an `accelerate launch` command line asks for; 0 for any other command."""
     programs = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
     if not any(Path(word).name in programs for word in words[:4]):
         return 0
-    said: dict[str, str] = {}
+    options: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.lstrip("-").replace("-", "_", 1).partition("=")
         if word.startswith("--"):
-            said.setdefault(name, value if equals else following)
-    if (count := said.get("num_processes", "")).isdecimal():
+            options.setdefault(name, value if equals else following)
+    if (count := options.get("num_processes", "")).isdecimal():
         return int(count)
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    file = Path(said.get("config_file", home / "accelerate/default_config.yaml"))
+    file = Path(options.get("config_file", home / "accelerate/default_config.yaml"))
     found = read_yaml(file).get("num_processes") if file.is_file() and file.suffix != ".json" else None
     return found if isinstance(found, int) else 0
 
@@ -150,7 +150,7 @@ def die_with_launcher() -> None:
 
 
 @contextlib.contextmanager
-def leaves_without_teardown() -> Iterator[None]:
+def exit_without_teardown() -> Iterator[None]:
     """Exit a rank immediately after its work, with all output flushed.
 
     Destroying a process group at exit sometimes aborts the process (gloo and DeepSpeed: 2 of 10 runs), after everything
@@ -232,7 +232,7 @@ def main() -> int:
     arguments.signals_to_handle = "SIGINT"
     arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward_signal(number: int, frame: Any) -> None:
         """Make torch's launcher forward the first signal to all ranks and wait for them; ignore further ones."""
         stopping.ignore()
         if nodes is not None:
@@ -242,7 +242,7 @@ def main() -> int:
         raise SignalException(f"asked to stop by signal {number}", signal.Signals(number))
 
     for number in stopping.SIGNALS:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward_signal)
     codes = {0}
     try:
         launch_command(arguments)

@@ -183,7 +183,7 @@ def train(
         )
         engine.set_learning_rate(rate)
         with _profiled(context, step + 1) if step + 1 in config.profile_steps else nullcontext():
-            metrics, decided = add_gradients(batch, step)
+            metrics, updated = add_gradients(batch, step)
             norm = engine.clip(config.max_grad_norm)
             # DeepSpeed has already stepped here; the check still comes before the bad weights are saved.
             _require_finite(norm, step, [rows[index].row_id for index in batch])
@@ -191,14 +191,14 @@ def train(
         # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
         sums = engine.all_reduce_metrics({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
-        if taken := decided.keys() & sums.keys():
+        if taken := updated.keys() & sums.keys():
             raise UserError(f"the algorithm's loss and its update both return a metric {min(taken)!r}. Rename one.")
-        kept = {name: value for name, value in decided.items() if isinstance(value, float)}
+        kept = {name: value for name, value in updated.items() if isinstance(value, float)}
         log.append({"step": step + 1, **sums, **kept, "learning_rate": rate, "grad_norm": norm})
         context.report_step(step + 1, log[-1])
         context.progress(step + 1, total, "steps")
         if stop:
-            _leave(engine, state, log)
+            _save_and_exit(engine, state, log)
         if due and step + 1 < total:  # after the last step the final checkpoint is published instead
             state.save(log)
     return log
@@ -225,7 +225,7 @@ def measure(
         if micro_batch.weight:
             found[[places[id(row)] for row in micro_batch.rows]] = scores
     if engine.all_reduce_metrics({"stop": float(stopping.requested())})["stop"] > 0:
-        _leave(engine, state, log)
+        _save_and_exit(engine, state, log)
     whole = engine.all_reduce(found)
     if not whole.isfinite().all():
         bad = [row.row_id for row, values in zip(rows, whole, strict=True) if not values.isfinite().all()]
@@ -280,23 +280,23 @@ def _add_gradients(
     engine: TrainingEngine, learning: Learning, micro_batches: list[MicroBatch], step: Step
 ) -> tuple[Metrics, Statistics]:
     """Accumulate the gradients of a step; returns this replica's share of its metrics, and the result of `update`."""
-    decided: Statistics = {}
+    updated: Statistics = {}
     if learning.statistics is not None:
         step.statistics.update(engine.all_reduce_metrics(evaluate(engine, micro_batches, learning.statistics)))
     if learning.update is not None:
-        decided = learning.update(step)
+        updated = learning.update(step)
     for micro_batch in micro_batches:
-        micro_batch.statistics.update({**step.statistics, **decided})
+        micro_batch.statistics.update({**step.statistics, **updated})
 
     def share(outputs: Outputs, number: int) -> Metrics:
         metrics = learning.loss(outputs, micro_batches[number])
         _require_finite(float(metrics["loss"].detach()), step.step, [row.row_id for row in micro_batches[number].rows])
         return metrics
 
-    return engine.accumulate([micro_batch.batch for micro_batch in micro_batches], share), decided
+    return engine.accumulate([micro_batch.batch for micro_batch in micro_batches], share), updated
 
 
-def _leave(engine: TrainingEngine, state: TrainingState, log: list[Line]) -> NoReturn:
+def _save_and_exit(engine: TrainingEngine, state: TrainingState, log: list[Line]) -> NoReturn:
     """Save and exit. All processes exit together: the launcher kills the others as soon as one has exited."""
     state.save(log)
     engine.barrier()

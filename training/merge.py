@@ -22,7 +22,7 @@ from training.config import MergeConfig
 from training.models import classifier_changes
 
 WEIGHTS = "adapter_model.safetensors"
-VOCABULARY = ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
+VOCABULARY_MODULES = ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
 """Modules whose weights have one row per token of the vocabulary."""
 TOLERANCE = 1e-3
 """Maximum difference of log-probabilities in float32 before and after the merge, in nats."""
@@ -123,7 +123,7 @@ def _fit_vocabulary(model: Any, tensors: dict[str, tuple[int, ...]]) -> dict[str
 
     Returns the resulting changes to config.json.
     """
-    touched = [name for name in tensors if any(f".{part}." in name for part in VOCABULARY)]
+    touched = [name for name in tensors if any(f".{part}." in name for part in VOCABULARY_MODULES)]
     changes: dict[str, Any] = {}
     words = {tensors[name][0] for name in touched if name.endswith(".weight") and "lora_" not in name}
     if len(words) == 1 and words != {model.get_input_embeddings().weight.shape[0]}:
@@ -152,7 +152,7 @@ def _attach(model: Any, config: MergeConfig, names: set[str]) -> Any:
             f"the adapter {config.adapter} cannot be put on {config.model}: {' '.join(first[:2])}. Give the model that "
             "it was trained on."
         ) from error
-    words = {name for name in names if any(f".{part}." in name for part in VOCABULARY) and "lora_" not in name}
+    words = {name for name in names if any(f".{part}." in name for part in VOCABULARY_MODULES) and "lora_" not in name}
     if lost := sorted(placed - names) or sorted(names - placed - words):
         raise UserError(
             f"the adapter {config.adapter} does not belong to {config.model}: {lost[0]} and {len(lost) - 1} other "

@@ -55,13 +55,13 @@ def set_trainable(model: Any, frozen: list[str]) -> None:
             raise UserError(f"frozen: no parameter's name contains {part!r}. Names look like {names[0]}, {names[-1]}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
-    for parameter in other_inputs(model):
+    for parameter in non_text_parameters(model):
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"frozen={frozen} freezes every parameter; leave some to train.")
 
 
-def other_inputs(model: Any) -> list[nn.Parameter]:
+def non_text_parameters(model: Any) -> list[nn.Parameter]:
     """Parameters that text does not use, such as those of a vision tower."""
     if model.config.get_text_config() is model.config:
         return []

@@ -33,7 +33,7 @@ ARRIVAL_SECONDS = 180.0
 PORT_SECONDS = 20.0
 """How long node 0 waits for its port, which an earlier attempt may still hold."""
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 10.0
+CONNECT_SECONDS = 10.0
 """Timeout of one attempt to connect to the store."""
 LOST_SECONDS = 30.0
 END_SECONDS = 45.0
@@ -55,7 +55,7 @@ class State(msgspec.Struct):
     """The signal by which it was asked to stop, or 0."""
     codes: list[int] | None = None
     """Exit codes of its ranks, once they have exited."""
-    leaves: bool = False
+    leaving: bool = False
     """Whether it is done with the store."""
 
 
@@ -122,15 +122,15 @@ class Nodes:
         self._end_processes = end_processes
         self._own = State(training, socket.gethostname(), uuid.uuid4().hex)
         self._known: list[State | None] = [None] * count
-        self._heard = [0.0] * count
+        self._last_heard = [0.0] * count
         """Time of each node's last heartbeat."""
-        self._ended = math.inf
+        self._exited_at = math.inf
         """When this node's ranks had exited."""
         self._store_is_gone = False
         self._joined = False
-        self._trouble = ""
-        self._refusal: UserError | None = None
-        self._talk = threading.Thread(target=self._exchange, name="nodes", daemon=True)
+        self._last_error = ""
+        self._rejection: UserError | None = None
+        self._exchange_thread = threading.Thread(target=self._exchange, name="nodes", daemon=True)
 
     @property
     def hosts(self) -> list[str]:
@@ -145,14 +145,14 @@ class Nodes:
             TransientError: some did not join in time.
             Stopped: one of the nodes was asked to stop.
         """
-        self._talk.start()
+        self._exchange_thread.start()
         deadline = time.monotonic() + ARRIVAL_SECONDS
         try:
             while not all(self._known):
-                if self._refusal:
-                    raise self._refusal
+                if self._rejection:
+                    raise self._rejection
                 if time.monotonic() > deadline:
-                    raise TransientError(self._who_is_missing())
+                    raise TransientError(self._describe_missing())
                 for state in self._known:
                     if state and state.stop:
                         raise stopping.Stopped(128 + state.stop)
@@ -164,7 +164,7 @@ class Nodes:
         self._joined = True
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def _who_is_missing(self) -> str:
+    def _describe_missing(self) -> str:
         missing = [str(node) for node, state in enumerate(self._known) if state is None]
         if self._known[0]:
             return (
@@ -173,7 +173,7 @@ class Nodes:
             )
         return (
             f"node {self.rendezvous.node} ({self._own.host}) waited {ARRIVAL_SECONDS:g} s for the node 0 of this "
-            f"training at {self.rendezvous}: {self._trouble or 'it does not answer'}"
+            f"training at {self.rendezvous}: {self._last_error or 'it does not answer'}"
         )
 
     # While the training runs
@@ -188,7 +188,7 @@ class Nodes:
 
         The wait is limited once a node has failed or was asked to stop. A lost node counts as exit code 1.
         """
-        self.finishing, self._ended = True, time.monotonic()
+        self.finishing, self._exited_at = True, time.monotonic()
         self.ends[self.rendezvous.node] = self._own.codes = sorted(codes)
         limit = math.inf
         while len(self.ends) < self.count and time.monotonic() < limit:
@@ -197,21 +197,21 @@ class Nodes:
             beat()  # the other launchers watch their own ranks
             time.sleep(0.05)
         self._leave()
-        self._tell_of_others()
+        self._report_failed_nodes()
         return {code for node in range(self.count) for code in self.ends.get(node) or [1]}
 
     def _leave(self) -> None:
         """Announce that this node is done with the store; node 0, which serves it, waits for the others."""
-        self._own.leaves = True
+        self._own.leaving = True
         deadline = time.monotonic() + CLOSING_SECONDS
         waited_for = range(self.count) if self.rendezvous.node == 0 else [self.rendezvous.node]
-        while self._talk.is_alive() and time.monotonic() < deadline:
+        while self._exchange_thread.is_alive() and time.monotonic() < deadline:
             states = [self._known[node] for node in waited_for if self.ends.get(node) != []]
-            if all(state.leaves for state in states if state):
+            if all(state.leaving for state in states if state):
                 break
             time.sleep(0.05)
 
-    def _tell_of_others(self) -> None:
+    def _report_failed_nodes(self) -> None:
         """Report which other nodes have failed: a lost one cannot report it itself."""
         for node, codes in self.ends.items():
             if node == self.rendezvous.node or codes == [0] or self.stop:
@@ -223,7 +223,7 @@ class Nodes:
                 text = f"{name} is lost: it was killed, or cannot be reached any more"
             print(f"error: {text}", file=sys.stderr)
             # A node that was lost before this node's ranks exited is the reason that they failed.
-            if not codes and self._heard[node] < self._ended:
+            if not codes and self._last_heard[node] < self._exited_at:
                 report_failure("transient", text)
 
     @property
@@ -235,7 +235,7 @@ class Nodes:
     def _watch(self) -> None:
         """Loop of the thread that reacts to the other nodes' states."""
         failed_at = math.inf
-        pressed = 0.0
+        last_request = 0.0
         while True:
             now = time.monotonic()
             for node, state in enumerate(self._known):
@@ -246,12 +246,12 @@ class Nodes:
                     os.kill(os.getpid(), state.stop)
                 if node not in self.ends and state.codes is not None:
                     self.ends[node] = state.codes
-                elif node not in self.ends and (self._store_is_gone or now - self._heard[node] > LOST_SECONDS):
+                elif node not in self.ends and (self._store_is_gone or now - self._last_heard[node] > LOST_SECONDS):
                     self.ends[node] = []
             if self._failed and not self.finishing:
                 failed_at = min(failed_at, now)
-                if now - pressed > 1:
-                    pressed = now
+                if now - last_request > 1:
+                    last_request = now
                     self._end_processes()
                 if now - failed_at > stopping.grace_seconds() + END_SECONDS:
                     os._exit(1)  # the main thread is blocked inside a library; child processes die with this one
@@ -263,16 +263,16 @@ class Nodes:
         """Loop of the thread that talks to the store: its calls block forever if node 0 hangs."""
         from torch.distributed import DistError
 
-        while self._refusal is None:
+        while self._rejection is None:
             try:
                 store = self._open()
                 while True:
-                    self._say_and_read(store)
+                    self._write_and_read(store)
                     time.sleep(POLL_SECONDS)
             except UserError as error:
-                self._refusal = error
+                self._rejection = error
             except (DistError, OSError) as error:
-                self._trouble = str(error)
+                self._last_error = str(error)
             if self._joined:  # node 0 is gone, and its port may be another training's soon
                 self._store_is_gone = True
                 return
@@ -291,8 +291,8 @@ class Nodes:
         if node == 0:
             _wait_for_port(port)
         else:  # torch would print a warning each time
-            socket.create_connection((address, port), timeout=ANSWER_SECONDS).close()
-        timeout = timedelta(seconds=ANSWER_SECONDS)
+            socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
+        timeout = timedelta(seconds=CONNECT_SECONDS)
         store = TCPStore(address, port, is_master=node == 0, wait_for_workers=False, timeout=timeout, multi_tenant=True)
         reason = ""
         if node and (first := _decode(store.get(_key(0)))).training != self._own.training:
@@ -307,14 +307,14 @@ class Nodes:
             )
         return store
 
-    def _say_and_read(self, store: "TCPStore") -> None:
+    def _write_and_read(self, store: "TCPStore") -> None:
         self._own.beat += 1
         store.set(_key(self.rendezvous.node), _encode(self._own))
         present = [node for node, state in enumerate(self._known) if state or store.check([_key(node)])]
         for node, content in zip(present, store.multi_get([_key(node) for node in present]), strict=True):
             state, known = _decode(content), self._known[node]
             if known is None or state.beat != known.beat:
-                self._heard[node] = time.monotonic()
+                self._last_heard[node] = time.monotonic()
             self._known[node] = state
 
 

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from contracts.config import Section, runtime
 from contracts.errors import UserError
 from contracts.models import architecture_of
-from training.foreign import read_layout
+from training.layout_files import read_layout
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 """Architectures that tensor, pipeline and sequence parallelism support, by the prefixes of their class names."""

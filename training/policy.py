@@ -25,7 +25,7 @@ from training import views
 from training.algorithm import Metrics, Pairs, Statistics, Step
 from training.config import PolicyConfig
 from training.correction import correct
-from training.data import length_limit, pair_row, read_pairs, usable
+from training.data import length_limit, pair_row, read_pairs, usable_rows
 from training.drift import measure_drift
 from training.engines.base import Outputs, TrainingEngine
 from training.fit import TrainingTask, fit
@@ -46,7 +46,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
     model_config = read_config(config.model)
     ledger = Ledger("pairs" if from_pairs else "prompts")
     samplers: set[str] = set()
-    rows = usable(
+    rows = usable_rows(
         pair_rows(config, description) if from_pairs else sample_rows(config, samplers),
         ledger,
         limit=length_limit(config, info),
@@ -69,7 +69,7 @@ def run(config: PolicyConfig, context: Context) -> Outcome:
         auto=AutoModelForCausalLM,
         model_config=model_config,
         facts={"algorithm": config.algorithm, "settings": config.settings},
-        before=None if from_pairs else lambda engine, packing: _compare(config, rows, samplers, engine, packing),
+        before=None if from_pairs else lambda engine, packing: _check_drift(config, rows, samplers, engine, packing),
     )
     return fit(config, context, task)
 
@@ -124,12 +124,12 @@ def learning(config: PolicyConfig, description: Description, rows: list[Row]) ->
             view(outputs, micro_batch, description.needs), **description.arguments("statistics", settings)
         )
         return _require_metrics(
-            found, f"algorithm {config.algorithm!r}: statistics", set(), _whole(micro_batch, description)
+            found, f"algorithm {config.algorithm!r}: statistics", set(), _vector_length(micro_batch, description)
         )
 
     def update(step: Step) -> Statistics:
         found = module.update(step, **description.arguments("update", settings))
-        return _require_decided(found, f"algorithm {config.algorithm!r}: update", description.state)
+        return _require_updates(found, f"algorithm {config.algorithm!r}: update", description.state)
 
     functions = description.functions
     return Learning(
@@ -141,33 +141,33 @@ def learning(config: PolicyConfig, description: Description, rows: list[Row]) ->
     )
 
 
-def _whole(micro_batch: MicroBatch, description: Description) -> int:
+def _vector_length(micro_batch: MicroBatch, description: Description) -> int:
     """Length of a vector with one number per pair or response of the step."""
     return micro_batch.totals.rows if description.reads == "pairs" else micro_batch.totals.responses
 
 
-def _require_decided(found: Any, what: str, state: Mapping[str, float]) -> Statistics:
+def _require_updates(found: Any, what: str, state: Mapping[str, float]) -> Statistics:
     """Raise UserError unless `update` returned finite numbers or vectors, including all names in STATE."""
     if not isinstance(found, dict):
         raise UserError(f"{what} must return a dict of numbers and vectors; found {type(found).__name__}.")
-    decided: Statistics = {}
+    updates: Statistics = {}
     for name, value in found.items():
         if isinstance(value, Tensor) and value.ndim:
-            decided[name] = value
+            updates[name] = value
             continue
         try:
-            decided[name] = float(value)
+            updates[name] = float(value)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{what} returned {name!r} as {type(value).__name__}; return numbers or tensors."
             ) from error
-        if not math.isfinite(decided[name]):
-            raise UserError(f"{what} returned {name!r} as {decided[name]}, from which nothing can be computed.")
-    if missing := [name for name in state if not isinstance(decided.get(name), float)]:
+        if not math.isfinite(updates[name]):
+            raise UserError(f"{what} returned {name!r} as {updates[name]}, from which nothing can be computed.")
+    if missing := [name for name in state if not isinstance(updates.get(name), float)]:
         raise UserError(f"{what} did not return the number {missing[0]!r}, which STATE says that it keeps.")
-    if taken := RESERVED & decided.keys():
+    if taken := RESERVED & updates.keys():
         raise UserError(f"{what} returned a number named {min(taken)!r}, which the log has for itself. Rename it.")
-    return decided
+    return updates
 
 
 def _require_metrics(found: Any, what: str, names: set[str], whole: int | None = None) -> Metrics:
@@ -189,7 +189,7 @@ def _require_metrics(found: Any, what: str, names: set[str], whole: int | None =
     return found
 
 
-def _compare(
+def _check_drift(
     config: PolicyConfig, rows: list[Row], samplers: set[str], engine: TrainingEngine, packing: Packing
 ) -> dict[str, Any]:
     """Compute `proximal` for all rows, check its drift from the generation engine's log-probabilities, and correct it.

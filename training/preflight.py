@@ -13,7 +13,7 @@ from contracts.ledger import Ledger
 from contracts.models import ModelInfo
 from contracts.preflight import Finding, Inspected
 from training.config import EmaConfig, SftConfig, TrainingConfig, ValueHeadConfig
-from training.layout import packing_of
+from training.packing import packing_of
 
 
 def check_training(stage: Inspected) -> Iterator[Finding]:
@@ -22,7 +22,7 @@ def check_training(stage: Inspected) -> Iterator[Finding]:
     if not (config.model / "config.json").is_file():
         return
     classifies = stages_of("training")[config.stage].has_score_head(config)
-    yield _whole(config.model, classifies=classifies)
+    yield _check_weights(config.model, classifies=classifies)
     settings = ModelInfo.read(config.model).settings
     yield Finding("ok", f"{config.model}: batches of {config.stage} are packed as {packing_of(config, settings)}")
     check_trained(config, classifies=classifies)
@@ -35,7 +35,7 @@ def check_new_critic(stage: Inspected) -> Iterator[Finding]:
     """Check the model that becomes a critic."""
     config: ValueHeadConfig = stage.config
     if (config.model / "config.json").is_file():
-        yield _whole(config.model, classifies=True)
+        yield _check_weights(config.model, classifies=True)
         _note_tokenizer(stage, config.model)
 
 
@@ -44,10 +44,10 @@ def check_average(stage: Inspected) -> Iterator[Finding]:
     config: EmaConfig = stage.config
     for model in (config.average, config.model):
         if (model / "config.json").is_file():
-            yield _whole(model, classifies=False)
+            yield _check_weights(model, classifies=False)
 
 
-def _whole(model: Path, *, classifies: bool) -> Finding:
+def _check_weights(model: Path, *, classifies: bool) -> Finding:
     from modeling.loading import check_weights  # imported late: loads torch
     from modeling.master import Start
 

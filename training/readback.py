@@ -29,7 +29,7 @@ NOISE = 3.0
 """Maximum difference of bfloat16 outputs, as a multiple of the model's own rounding noise, which is measured."""
 
 
-def probes(rows: list[Row]) -> list[Row]:
+def probe_rows(rows: list[Row]) -> list[Row]:
     """Select a few rows, truncated to TOKENS."""
     return [
         Row(
@@ -41,7 +41,7 @@ def probes(rows: list[Row]) -> list[Row]:
     ]
 
 
-def say(engine: TrainingEngine, rows: list[Row], packing: Packing) -> Outputs:
+def compute_outputs(engine: TrainingEngine, rows: list[Row], packing: Packing) -> Outputs:
     """Compute the trained module's outputs for the rows; every process calls it."""
     return {
         name: value.detach().float().cpu()
@@ -51,7 +51,7 @@ def say(engine: TrainingEngine, rows: list[Row], packing: Packing) -> Outputs:
 
 
 @torch.no_grad()
-def require_same(
+def verify_checkpoint(
     directory: Path,
     expected: Outputs,
     rows: list[Row],
@@ -97,10 +97,10 @@ def require_same(
     return {"differences": differences, "rows": len(rows), "tokens": int(batch.input_ids.numel())}
 
 
-def probe(rows: list[Row], said: Outputs, dtype: torch.dtype) -> Probe | None:
+def checkpoint_probe(rows: list[Row], outputs: Outputs, dtype: torch.dtype) -> Probe | None:
     """The first row with its log-probabilities under the trained module; None if the module computes none."""
-    if "logprobs" not in said:
+    if "logprobs" not in outputs:
         return None
     prompt, response = rows[0].prompt, rows[0].responses[0].ids
-    logprobs = said["logprobs"][: len(response)].tolist()
+    logprobs = outputs["logprobs"][: len(response)].tolist()
     return Probe(prompt.tolist(), response.tolist(), logprobs, str(dtype).removeprefix("torch."))

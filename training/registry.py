@@ -24,7 +24,7 @@ NEEDS_OF = {
     "pairs": ("reference", "reference_model", "tokens", "entropy", "collision"),
     "samples": ("reference", "reference_model", "values", "greedy", "token_rewards"),
 }
-PENALTIES = {"penalised_rewards", "kl_penalties"}
+PENALTY_FUNCTIONS = {"penalised_rewards", "kl_penalties"}
 """Functions of `training/algorithms/parts.py` that put a KL penalty into the reward."""
 FUNCTIONS = ("loss", "statistics", "update", "advantages")
 Level: TypeAlias = Literal["token", "sequence", "geometric"]
@@ -91,16 +91,16 @@ def describe(algorithm: str) -> Description:
     Raises:
         UserError: there is no such algorithm, or it does not follow `training/algorithm.py`.
     """
-    return _described_once(algorithm) if algorithm in BUILT_IN else _described(algorithm)
+    return _describe_built_in(algorithm) if algorithm in BUILT_IN else _read_description(algorithm)
 
 
 @functools.cache
-def _described_once(algorithm: str) -> Description:
+def _describe_built_in(algorithm: str) -> Description:
     """Cached description of a built-in algorithm, whose source does not change during a run."""
-    return _described(algorithm)
+    return _read_description(algorithm)
 
 
-def _described(algorithm: str) -> Description:
+def _read_description(algorithm: str) -> Description:
     source = _Source(algorithm, _file(algorithm))
     reads, needs = source.constant("READS"), tuple(source.constant("NEEDS"))
     for need in needs:
@@ -173,7 +173,7 @@ def _described(algorithm: str) -> Description:
         compares_answers="prompts" in names | _attributes(found["loss"]),
         off_policy=off_policy,
         corrections=corrections,
-        penalises_divergence=bool(PENALTIES & names) or algorithm not in BUILT_IN,
+        penalises_divergence=bool(PENALTY_FUNCTIONS & names) or algorithm not in BUILT_IN,
     )
 
 
@@ -189,7 +189,7 @@ def check_settings(description: Description, given: Mapping[str, Any]) -> dict[s
         if name not in known:
             settings = f"Its settings: {', '.join(sorted(known))}." if known else "It has no settings."
             raise UserError(
-                f"algorithm {description.algorithm!r} has no setting {name!r}.{_elsewhere(str(name), known)} {settings}"
+                f"algorithm {description.algorithm!r} has no setting {name!r}.{_hint(str(name), known)} {settings}"
             )
         try:
             checked[name] = known[name].check(value)
@@ -325,7 +325,7 @@ def _names(*targets: ast.expr | None) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _elsewhere(name: str, known: Any) -> str:
+def _hint(name: str, known: Any) -> str:
     """A hint for an unknown setting: Ratchet's name for another framework's setting, or the most similar name."""
     if (nearest := did_you_mean(name, known)) or (entry := other_names.find(name)) is None:
         return nearest

@@ -18,9 +18,9 @@ from modeling.loading import load_causal, load_reward, read_config, vocabulary_s
 from modeling.modules import SequenceScores, TokenLogprobs
 from modeling.rows import Response, Row, token_ids
 from training.algorithm import Metrics
-from training.calibration import judgements
+from training.calibration import evaluate_pairs
 from training.config import RewardConfig
-from training.data import length_limit, pair_row, read_pairs, usable
+from training.data import length_limit, pair_row, read_pairs, usable_rows
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
 from training.loop import HeldOut, Learning, MicroBatch
@@ -73,7 +73,7 @@ def run(config: RewardConfig, context: Context) -> Outcome:
             yield row
 
     ledger = Ledger("pairs")
-    kept = usable(
+    kept = usable_rows(
         longest(),
         ledger,
         limit=limit,
@@ -81,13 +81,14 @@ def run(config: RewardConfig, context: Context) -> Outcome:
         max_dropped=config.max_dropped,
         what="pairs",
     )
-    rows, judged = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, measured))
+    rows, held_out_rows = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, measured))
     if not rows:
         raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(kept)} pairs; lower it.")
+    report = partial(evaluate_pairs, orders=2 if pairwise else 1)
     task = TrainingTask(
         ledger=ledger,
         learning=Learning(rows, reward_loss),
-        held_out=HeldOut(judged, both_scores, partial(judgements, orders=2 if pairwise else 1)) if judged else None,
+        held_out=HeldOut(held_out_rows, pair_scores, report) if held_out_rows else None,
         model_config=model_config,
         facts={"kind": config.kind, "training_pairs": len(rows), "held_out_pairs": len(kept) - len(rows)},
         **model,
@@ -125,7 +126,7 @@ def _question_row(pair: Pair, chat: PairwiseChat, chosen_first: bool) -> Row:
     return Row(pair.pair_id, token_ids(prompt), (Response(token_ids([right])), Response(token_ids([wrong]))))
 
 
-def both_scores(outputs: Outputs, micro_batch: MicroBatch) -> Tensor:
+def pair_scores(outputs: Outputs, micro_batch: MicroBatch) -> Tensor:
     """Scores of each row's better and worse answer, [rows, 2]; a pairwise model's are the labels' log-probabilities."""
     return (outputs["scores"] if "scores" in outputs else outputs["logprobs"]).view(-1, 2)
 
@@ -136,7 +137,7 @@ def reward_loss(outputs: Outputs, micro_batch: MicroBatch) -> Metrics:
     For a pairwise model that is -log p(right label | one of the two labels), because a label's score is its
     log-probability.
     """
-    chosen, rejected = both_scores(outputs, micro_batch).unbind(1)
+    chosen, rejected = pair_scores(outputs, micro_batch).unbind(1)
     metrics = {
         "loss": bradley_terry(chosen, rejected),
         "accuracy": (chosen > rejected).float(),

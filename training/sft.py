@@ -14,7 +14,7 @@ from modeling.modules import TokenLogprobs
 from modeling.rows import Response, Row, token_ids
 from training.algorithm import Metrics
 from training.config import SftConfig
-from training.data import length_limit, usable
+from training.data import length_limit, usable_rows
 from training.engines.base import Outputs
 from training.fit import TrainingTask, fit
 from training.loop import Learning, MicroBatch
@@ -31,7 +31,7 @@ def run(config: SftConfig, context: Context) -> Outcome:
     chat.require_stop()
     ledger = Ledger("demonstrations")
     demonstrations = read_demonstrations(config.demonstrations)
-    rows = usable(
+    rows = usable_rows(
         tokenized(demonstrations, chat, ledger),
         ledger,
         limit=limit,

@@ -15,7 +15,7 @@ from conftest import breaking_off
 from contracts.config import validate
 from contracts.declaration import stages_of
 from contracts.stage import run_stage
-from training.launch import leaves_without_teardown
+from training.launch import exit_without_teardown
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with leaves_without_teardown():
+    with exit_without_teardown():
         try:
             main()
         except BaseException:

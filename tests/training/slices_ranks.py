@@ -17,7 +17,7 @@ from modeling.loading import load_causal
 from modeling.modules import TokenLogprobs
 from training.engines.native import NativeEngine
 from training.engines.sharding import local_tensor
-from training.launch import leaves_without_teardown
+from training.launch import exit_without_teardown
 from training.parallel import ParallelConfig
 from training.slices import WeightSlices
 
@@ -51,6 +51,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with leaves_without_teardown():
+    with exit_without_teardown():
         main()
         sys.exit(0)

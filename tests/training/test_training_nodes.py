@@ -340,7 +340,7 @@ def test_a_node_that_says_nothing_is_lost(
     two = talk(2)
     nodes = [two.node(0), two.node(1)]
     two.join(*nodes)
-    monkeypatch.setattr(nodes[gone], "_say_and_read", lambda store: None)
+    monkeypatch.setattr(nodes[gone], "_write_and_read", lambda store: None)
     wait_until(lambda: two.ended.count(1 - gone))
     monkeypatch.setenv("RATCHET_ATTEMPT", str(tmp_path))
     assert nodes[1 - gone].finish({143}) == {1, 143}

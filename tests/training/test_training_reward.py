@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from contracts.errors import UserError
 from contracts.pairwise import PairwiseChat, question
 from contracts.records import PAIRS, Message, Pair
-from training.calibration import calibrate, judgements
+from training.calibration import calibrate, evaluate_pairs
 from training.reward import held_out_prompts, question_rows
 
 EXTRA = ["A", "B", "[CONTEXT]", "[RESPONSE", "A]", "B]", "<turn>", "user"]
@@ -30,7 +30,7 @@ def scores_of(margins: list[float]) -> Any:
 def test_calibration_by_hand() -> None:
     """Six pairs in three bins; a tie is half right in its bin, and not accurate."""
     chances = [0.5, 0.52, 0.48, 0.97, 0.96, 0.02]
-    report = judgements(scores_of([float(np.log(p / (1 - p))) for p in chances]), orders=1)
+    report = evaluate_pairs(scores_of([float(np.log(p / (1 - p))) for p in chances]), orders=1)
     bins = {bin.low: bin for bin in report.files["calibration.jsonl"]}
     assert len(bins) == 10
     assert [bins[low].count for low in (0.5, 0.55, 0.9, 0.95)] == [3, 0, 0, 3]
@@ -49,8 +49,8 @@ def test_calibration_error_of_an_honest_model_is_small_and_of_a_boaster_large() 
     p = chance.uniform(0.5, 1, 20_000)
     wins = chance.random(20_000) < p
     margins = np.where(wins, 1, -1) * np.log(p / (1 - p))
-    honest = judgements(scores_of(margins.tolist()), orders=1).metrics["ece"]
-    boaster = judgements(scores_of((8 * margins).tolist()), orders=1).metrics["ece"]
+    honest = evaluate_pairs(scores_of(margins.tolist()), orders=1).metrics["ece"]
+    boaster = evaluate_pairs(scores_of((8 * margins).tolist()), orders=1).metrics["ece"]
     assert honest < 0.02 < 0.15 < boaster
 
 
@@ -62,7 +62,7 @@ def test_certainty_falls_into_the_last_bin() -> None:
 def test_both_orders_are_one_judgement() -> None:
     """Pairs: right in both orders; always for the first place, weakly for the better one; torn; a tie."""
     margins = [[2.0, 2.0], [3.0, -1.0], [1.0, -3.0], [0.0, 0.0]]
-    metrics = judgements(scores_of([margin for pair in margins for margin in pair]), orders=2).metrics
+    metrics = evaluate_pairs(scores_of([margin for pair in margins for margin in pair]), orders=2).metrics
     assert metrics["accuracy"] == 0.5
     assert (metrics["accuracy_better_first"], metrics["accuracy_better_second"]) == (0.75, 0.25)
     assert (metrics["consistency"], metrics["ties"]) == (0.25, 0.25)

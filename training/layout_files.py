@@ -19,10 +19,10 @@ NEUTRAL = frozenset(
     "zero_stage deepspeed_multinode_launcher deepspeed_hostfile deepspeed_moe_layer_cls_names".split()
 )
 """Keys that describe the layout, or do not affect results."""
-BEGINNINGS = ("tpu_", "zero3_", "fsdp_", "offload_")
+PREFIXES = ("tpu_", "zero3_", "fsdp_", "offload_")
 """Prefixes of further such keys."""
 TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "DEEPSPEED", "FSDP")
-SHARED = {"FULL_SHARD": "fsdp2", "1": "fsdp2", "SHARD_GRAD_OP": 2, "2": 2, "NO_SHARD": 0, "3": 0}
+ZERO_OF_STRATEGY = {"FULL_SHARD": "fsdp2", "1": "fsdp2", "SHARD_GRAD_OP": 2, "2": 2, "NO_SHARD": 0, "3": 0}
 """The value of `zero` for each of FSDP's sharding strategies, by name and number."""
 
 
@@ -34,9 +34,9 @@ def read_layout(path: Path) -> dict[str, Any]:
     """
     data = read_yaml(path)
     if "distributed_type" in data or "compute_environment" in data:
-        layout, more = _of_accelerate(data, path)
+        layout, more = _from_accelerate(data, path)
     elif "zero_optimization" in data or "train_micro_batch_size_per_gpu" in data or "train_batch_size" in data:
-        layout, more = _of_deepspeed(data)
+        layout, more = _from_deepspeed(data)
     else:
         raise UserError(
             f"parallel is the file {path}, but its keys ({', '.join(map(str, list(data)[:5]))}) are neither those of "
@@ -51,7 +51,7 @@ def read_layout(path: Path) -> dict[str, Any]:
     return layout
 
 
-def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+def _from_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
     distributed_type = str(data.get("distributed_type") or "NO").upper()
     if distributed_type not in TYPES:
         raise UserError(
@@ -63,9 +63,9 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
     if distributed_type == "DEEPSPEED":
         section = data.get("deepspeed_config") or {}
         if section.get("deepspeed_config_file"):
-            layout, more = _of_deepspeed(read_yaml(path.parent / str(section["deepspeed_config_file"])))
+            layout, more = _from_deepspeed(read_yaml(path.parent / str(section["deepspeed_config_file"])))
         else:
-            layout, more = {"zero": _number(section, "zero_stage", 2)}, _further(section)
+            layout, more = {"zero": _number(section, "zero_stage", 2)}, _other_settings(section)
             offloaded = [
                 name for name in ("optimizer", "param") if _offloads(section.get(f"offload_{name}_device"), more)
             ]
@@ -73,9 +73,9 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
     elif distributed_type == "FSDP":
         section = data.get("fsdp_config") or {}
         strategy = str(section.get("fsdp_sharding_strategy", "FULL_SHARD")).upper()
-        if strategy not in SHARED:
+        if strategy not in ZERO_OF_STRATEGY:
             raise UserError(f"{path}: fsdp_sharding_strategy is {strategy}. Write parallel={{zero: fsdp2}}, or 2.")
-        layout = {"zero": SHARED[strategy]}
+        layout = {"zero": ZERO_OF_STRATEGY[strategy]}
         if section.get("fsdp_offload_params") is True:
             more.append("zero=3 with offload=[optimizer, param] for fsdp_offload_params (only DeepSpeed offloads)")
         if section.get("fsdp_activation_checkpointing") is True:
@@ -92,12 +92,12 @@ def _of_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], li
     layout = {"dp": processes // others, **layout}
     if (machines := _number(data, "num_machines", 1)) > 1:
         layout["nodes"] = machines
-    return layout, more + _further(data)
+    return layout, more + _other_settings(data)
 
 
-def _of_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _from_deepspeed(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     section = data.get("zero_optimization") or {}
-    more = _further(data)
+    more = _other_settings(data)
     layout: dict[str, Any] = {"zero": _number(section, "stage", 0)}
     offloaded = [
         name for name in ("optimizer", "param") if _offloads((section.get(f"offload_{name}") or {}).get("device"), more)
@@ -118,11 +118,11 @@ def _number(section: dict[str, Any], name: str, default: int) -> int:
     return value
 
 
-def _further(data: dict[str, Any]) -> list[str]:
+def _other_settings(data: dict[str, Any]) -> list[str]:
     """Ratchet's keys for a file's settings other than the layout; "auto" counts as not set."""
     more: list[str] = []
     for name, value in data.items():
-        if name in NEUTRAL or name.startswith(BEGINNINGS) or value in ("auto", None, {}, []):
+        if name in NEUTRAL or name.startswith(PREFIXES) or value in ("auto", None, {}, []):
             continue
         params = value.get("params", {}) if isinstance(value, dict) else {}
         if name == "gradient_clipping":

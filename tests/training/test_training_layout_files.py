@@ -13,7 +13,7 @@ from contracts.config import validate
 from contracts.errors import UserError
 from contracts.yaml_text import dump
 from training.config import SftConfig
-from training.launch import asked_of_accelerate
+from training.launch import processes_of_accelerate
 
 ACCELERATE = {"compute_environment": "LOCAL_MACHINE", "machine_rank": 0, "mixed_precision": "bf16", "num_machines": 1}
 ZERO = {"zero_stage": 3, "zero3_init_flag": True, "gradient_accumulation_steps": 1, "offload_param_device": "cpu",
@@ -98,7 +98,7 @@ def test_how_many_processes_were_asked_for(
     command: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert asked_of_accelerate(command.split()) == count
+    assert processes_of_accelerate(command.split()) == count
 
 
 @pytest.mark.slow
