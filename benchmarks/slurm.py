@@ -336,7 +336,7 @@ def drive(path: Path, overrides: list[str], *, detached: bool) -> dict[str, Any]
     console = Console(file=sys.stderr)
     site = Site(run, graph, config, ENTRY)
     if detached:
-        Executors(site).named("slurm").detach(console, verdicts(graph, config, []))
+        Executors(site).of_kind("slurm").detach(console, verdicts(graph, config, []))
     else:
         with Display(console, run, graph) as display:
             Driver(site, [display]).drive()

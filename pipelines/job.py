@@ -6,7 +6,7 @@ submitit pickles it by name, so it imports as little as possible.
 import importlib
 from typing import TYPE_CHECKING
 
-from pipelines.execution.executors.base import Entry, JobTask
+from pipelines.execution.executors.base import JobEntry, JobTask
 
 if TYPE_CHECKING:
     from pipelines.execution.listeners import Listen
@@ -26,4 +26,4 @@ def listeners(run: "RunDirectory", graph: "Graph") -> "list[Listen]":
     return listeners_of(run, graph)
 
 
-ENTRY = Entry(perform, listeners)
+ENTRY = JobEntry(perform, listeners)

@@ -101,7 +101,7 @@ def run_command(options: argparse.Namespace) -> None:
     check_hooks(config)
     refuse(preflight(graph, config.environments))
     forced = resolve(graph, options.force)
-    for executor in executors.lasting():
+    for executor in executors.outliving_drivers():
         executor.require_no_detached_run(same_settings=options.detach and not forced)
     echo(console, *(f"warning: {text}" for text in wanted.warnings))
     run.claim(config, find_config(options.config), wanted.iterations, wanted.commits)
@@ -114,7 +114,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.detach:
         plan = verdicts(graph, config, [])
         executors.require_detachable(plan)
-        executors.named(config.executor.kind).detach(console, plan)
+        executors.of_kind(config.executor.kind).detach(console, plan)
         return
     try:
         with Display(console, run, graph, quiet=options.quiet) as display:

@@ -65,7 +65,7 @@ class Driver:
         self.running: dict[str, Running] = {}
         self.to_rebuild: dict[str, str] = {}  # released stages whose weights are rebuilt, with the reason
         self.stopped: GateDecision | None = None
-        self.left: set[str] = set()  # running stages of iterations that a rollback has changed since
+        self.rolled_back: set[str] = set()  # running stages of iterations that a rollback has changed since
         self.ran = 0
 
     def drive(self) -> int:
@@ -101,7 +101,7 @@ class Driver:
         """Clean up what earlier commands left: processes, jobs, scratch files."""
         for pid in end_orphans(self.run.path):
             self.run.record(OrphanEnded(pid=pid))
-        for executor in {*self.executors.used(), *self.executors.lasting()}:
+        for executor in {*self.executors.used(), *self.executors.outliving_drivers()}:
             executor.recover()
         self.run.clear_scratch()
         finish_deletions(self.run.path)
@@ -117,17 +117,17 @@ class Driver:
                 at_work = [running.job.pid for running in self.running.values() if not running.job.ended()]
                 before = len(self.running)
                 self.collect_ended()
-                self.tell()
+                self.notify()
                 if len(self.running) == before:
                     wait_for_end(filter(None, at_work), POLL_SECONDS)
         finally:
             self.end_running()
-            for executor in self.executors.made():
+            for executor in self.executors.created():
                 executor.close()
             self.run.clear_scratch()
         self.lifecycle.retention.apply(self.published)
         while self.lifecycle.retention.poll():
-            self.broadcast.tell()
+            self.broadcast.notify()
             time.sleep(POLL_SECONDS)
 
     def start_ready(self) -> None:
@@ -136,7 +136,7 @@ class Driver:
         Makers that running stages follow come first: a killed maker has to restart, and its followers release their
         devices only once it has published.
         """
-        if self.left:
+        if self.rolled_back:
             return  # they may read artifacts that will be replaced
         turn = Turn(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
         awaited = {path for running in self.running.values() for path in running.decision.follows}
@@ -148,7 +148,7 @@ class Driver:
                 self.reuse_or_start(node)
                 if node.name not in self.running:
                     turn.release(node.placement)
-                if node.name in self.published and self.heed(node):
+                if node.name in self.published and self.apply_gate(node):
                     return  # the order of stages has changed
         if self.config.placement.streaming:
             self.start_followers(turn)
@@ -221,26 +221,26 @@ class Driver:
             if decision.follows and published and not self.published.issuperset(node.needs):
                 continue  # ended before the maker of its input: handled after that
             del self.running[node.name]
-            left = node.name in self.left
-            self.left.discard(node.name)
+            rolled_back = node.name in self.rolled_back
+            self.rolled_back.discard(node.name)
             for event in running.job.clear():
                 self.run.record(event)
             if not published:
                 ending, pause = self.lifecycle.fail(node, running.attempt)
-                if pause is None and not left:
+                if pause is None and not rolled_back:
                     self.fail(running, ending)
                 continue
             key = self.lifecycle.decide(node).key if decision.follows else decision.key
             outdated = self.lifecycle.finalize(node, key, running.attempt)
             self.ran += 1
             self.to_rebuild.pop(node.name, None)
-            if self.published.issuperset(node.needs) and not left:  # no input has been invalidated meanwhile
+            if self.published.issuperset(node.needs) and not rolled_back:  # no input has been invalidated meanwhile
                 self.published.add(node.name)
             self.published.difference_update(outdated)
             self.lifecycle.retain(node, self.published)
-            self.heed(node)
+            self.apply_gate(node)
 
-    def heed(self, node: Node) -> bool:
+    def apply_gate(self, node: Node) -> bool:
         """Carry out a gate's published decision. Returns whether it changes the stages that run after it."""
         decision = decision_after(node)
         if decision is None:
@@ -259,16 +259,16 @@ class Driver:
         # With a lag, artifacts of later iterations may exist that the rollback has outdated: decide about them again.
         later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
         self.published -= later
-        self.left = later & self.running.keys()
+        self.rolled_back = later & self.running.keys()
         return True
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Pass new events to the listeners, including stages that wait for something."""
         for name, running in self.running.items():
             if text := running.job.news():
                 self.run.record(StageWaits(stage=name, text=text))
         self.lifecycle.retention.poll()
-        self.broadcast.tell(self.lifecycle.untold())
+        self.broadcast.notify(self.lifecycle.repeated_events())
 
     def fail(self, running: Running, ending: Ending) -> NoReturn:
         """Stop the run with the reason that the stage left."""
@@ -288,7 +288,7 @@ class Driver:
         try:
             with contextlib.suppress(OSError):
                 self.run.record(RunEnding(stages=list(self.running), grace_seconds=grace))
-            self.broadcast.tell()
+            self.broadcast.notify()
             for running in self.running.values():
                 running.job.cancel()
             deadline = time.monotonic() + grace + END_SECONDS

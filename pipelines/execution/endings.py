@@ -146,7 +146,7 @@ def progress_of(attempt: Path) -> str | None:
     return f"{furthest['done']}/{furthest['total']} {furthest['unit']}{more}"
 
 
-def share_of(attempt: Path) -> float:
+def fraction_done(attempt: Path) -> float:
     """The reported progress of an attempt as a fraction from 0 to 1."""
     furthest = _furthest(attempt)
     return furthest["done"] / furthest["total"] if furthest is not None and furthest["total"] else 0.0

@@ -60,7 +60,7 @@ class Lifecycle:
         self.config = config
         self.retries = Retries(config.executor.retries, config.executor.backoff_seconds)
         self.retention = Retention(run, graph, config.retention, config.hub_repos)
-        self._untold: list[Event] = []
+        self._repeated: list[Event] = []
         self._profiles: ProfileRecorder | None = ProfileRecorder(graph, config)
 
     def decide(self, node: Node, rebuild: str | None = None) -> Decision:
@@ -89,7 +89,7 @@ class Lifecycle:
             return
         event = StageReused(time=time.time(), stage=node.name, reason=decision.reason, key=decision.key)
         if self._recorded.get(node.name) == decision.key:
-            self._untold.append(event)
+            self._repeated.append(event)
         else:  # also if a driver was killed before `finalize`
             drop_partials(node)
             self.run.record(event)
@@ -100,9 +100,9 @@ class Lifecycle:
         events = [event for event in self.run.events() if isinstance(event, StagePublished | StageReused)]
         return {event.stage: event.key for event in events}
 
-    def untold(self) -> list[Event]:
+    def repeated_events(self) -> list[Event]:
         """Events that repeat recorded ones and are only shown: stages that are reused once more."""
-        events, self._untold = self._untold, []
+        events, self._repeated = self._repeated, []
         return events
 
     def start(self, node: Node, decision: Decision, attempt: Path) -> None:

@@ -24,9 +24,9 @@ class Broadcast:
         self._run = run
         self._listeners = list(listeners)
         self._reader = EventReader(run.stream.path, from_end=True)
-        self._told = -QUIET_SECONDS
+        self._notified = -QUIET_SECONDS
 
-    def tell(self, also: Sequence[Event] = ()) -> None:
+    def notify(self, also: Sequence[Event] = ()) -> None:
         """Pass new events to the listeners, and now and then none, so that displays refresh. A listener that fails is
         dropped and the failure recorded.
 
@@ -34,22 +34,22 @@ class Broadcast:
             also: events that are not recorded because they repeat recorded ones.
         """
         events = [*also, *self._reader.news()]
-        if events or time.monotonic() - self._told >= QUIET_SECONDS:
-            self._tell(events)
+        if events or time.monotonic() - self._notified >= QUIET_SECONDS:
+            self._notify(events)
 
-    def _tell(self, events: list[Event]) -> None:
-        self._told = time.monotonic()
+    def _notify(self, events: list[Event]) -> None:
+        self._notified = time.monotonic()
         for listen in list(self._listeners):
             self._guarded(listen, functools.partial(listen, events))
 
     def close(self) -> None:
         """Pass the last events to the listeners and close those that have a method `close`."""
-        self._tell(self._reader.news())
+        self._notify(self._reader.news())
         closing = [(listen, close) for listen in self._listeners if (close := getattr(listen, "close", None))]
         for listen, close in closing:
             self._guarded(listen, close)
         self._listeners = [listen for listen in self._listeners if not hasattr(listen, "close")]
-        self._tell(self._reader.news())  # events recorded meanwhile, for the others
+        self._notify(self._reader.news())  # events recorded meanwhile, for the others
 
     def _guarded(self, listen: Listen, call: Callable[[], None]) -> None:
         try:
@@ -57,6 +57,6 @@ class Broadcast:
         except Exception as error:
             self._listeners.remove(listen)
             name = getattr(listen, "__qualname__", type(listen).__qualname__)
-            said = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
+            failure = ListenerFailed(listener=name, error=f"{type(error).__name__}: {error}")
             with contextlib.suppress(OSError):  # a full disk ends the run with its own error message
-                self._run.record(said)
+                self._run.record(failure)

@@ -42,7 +42,7 @@ from contracts.surroundings import without_foreign
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory, by which orphans are found."""
 POLL_SECONDS = 0.1
-FAR_POLL_SECONDS = 0.5
+REMOTE_POLL_SECONDS = 0.5
 """Interval for polling files on a file server."""
 REQUEST = "request.json"
 DECISION = "decision.json"
@@ -119,16 +119,16 @@ def supervise(
     with (folder / "stage.log").open("ab") as log:
         process = _start(request, environment, log)
         if request.cores:
-            keep_to(process.pid, request.cores)
+            pin_to_cores(process.pid, request.cores)
         try:
             while process.poll() is None:
-                if asked_to_stop() or not driver_lives(request.driver) or Path(attempt, "cancel").exists():
+                if asked_to_stop() or not is_driver_alive(request.driver) or Path(attempt, "cancel").exists():
                     break
                 stalled = request.stall_seconds is not None and watch.silent_seconds() > request.stall_seconds
                 if stalled:
-                    show_tracebacks(str(folder), process.pid)
+                    dump_tracebacks(str(folder), process.pid)
                     break
-                wait_for_end([process.pid], POLL_SECONDS if request.driver else FAR_POLL_SECONDS)
+                wait_for_end([process.pid], POLL_SECONDS if request.driver else REMOTE_POLL_SECONDS)
         finally:
             if not stays(process):
                 end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
@@ -146,7 +146,7 @@ def supervise(
     return code
 
 
-def supervise_here(attempt: str) -> int:
+def supervise_locally(attempt: str) -> int:
     """Call `supervise`, and record errors outside the stage's own process as the attempt's failure."""
     try:
         return supervise(attempt)
@@ -199,7 +199,7 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         raise UserError(f"{request.argv[0]} cannot be started: {error.strerror}. Does it still exist?") from error
 
 
-def keep_to(pid: int, cores: Iterable[int]) -> None:
+def pin_to_cores(pid: int, cores: Iterable[int]) -> None:
     """Restrict a process, and processes that it starts from now on, to these cores."""
     with contextlib.suppress(ProcessLookupError):  # it has ended already
         os.sched_setaffinity(pid, cores)
@@ -228,15 +228,15 @@ def _modified(path: Path) -> float | None:
         return None
 
 
-def show_tracebacks(attempt: str, leader: int) -> None:
+def dump_tracebacks(attempt: str, leader: int) -> None:
     """Have every process of a stalled attempt that handles SIGQUIT write its traceback to the log."""
     for pid in dict.fromkeys([leader, *marked(f"{ATTEMPT}={attempt}")]):
-        if _answers(pid, signal.SIGQUIT):
+        if _handles_signal(pid, signal.SIGQUIT):
             kill(pid, signal.SIGQUIT)
     time.sleep(1.0)
 
 
-def _answers(pid: int, number: signal.Signals) -> bool:
+def _handles_signal(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -251,7 +251,7 @@ def process_identity(pid: int) -> tuple[int, str]:
     return pid, start_time(pid)
 
 
-def driver_lives(driver: tuple[int, str] | None) -> bool:
+def is_driver_alive(driver: tuple[int, str] | None) -> bool:
     """Whether the process that `process_identity` described still runs on this machine."""
     return driver is None or start_time(driver[0]) == driver[1]
 
@@ -262,4 +262,4 @@ def end_orphans(run: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise_here(sys.argv[1]))
+    sys.exit(supervise_locally(sys.argv[1]))

@@ -23,7 +23,7 @@ from contracts.processes import end_groups, start_leader
 from contracts.warm import RELEASED, ForkRequest
 
 END_SECONDS = 5.0
-LONGEST = 60
+MAX_BYTES = 60
 """Maximum length of a directory's path in bytes for a socket in it."""
 
 
@@ -94,7 +94,7 @@ class WarmProcesses:
 def _new_folder() -> Path:
     """Create a folder for sockets, whose paths have at most 107 bytes: in /tmp if the default is too long."""
     place = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="ratchet-warm-", dir=place if len(os.fsencode(place)) < LONGEST else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="ratchet-warm-", dir=place if len(os.fsencode(place)) < MAX_BYTES else "/tmp"))
 
 
 def devices_of(environment: Mapping[str, str]) -> set[str]:

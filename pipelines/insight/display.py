@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from pipelines.execution.endings import latest_metrics, progress_of, share_of
+from pipelines.execution.endings import fraction_done, latest_metrics, progress_of
 from pipelines.graph import Graph
 from pipelines.insight.remaining import Remaining, in_words
 from pipelines.insight.wording import is_good_news, live_line, metrics_in_words
@@ -88,7 +88,7 @@ class Display:
 
     def _shares(self) -> dict[str, float]:
         """Progress of the running stages, from 0 to 1."""
-        return {name: share_of(self._attempt(started)) for name, started in self._running.items()}
+        return {name: fraction_done(self._attempt(started)) for name, started in self._running.items()}
 
     def _attempt(self, started: StageStarted) -> Path:
         return self._run.path / "logs" / started.stage / started.attempt

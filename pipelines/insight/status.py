@@ -14,7 +14,7 @@ from contracts.files import write_atomically
 from contracts.fingerprint import RELEASED
 from contracts.manifest import MANIFEST
 from pipelines.config.run import RunConfig
-from pipelines.execution.endings import failure_of, latest_metrics, log_of, progress_of, share_of
+from pipelines.execution.endings import failure_of, fraction_done, latest_metrics, log_of, progress_of
 from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
 from pipelines.insight.remaining import Remaining
@@ -50,7 +50,7 @@ class Glance:
     def at(cls, run: RunDirectory, graph: Graph, patience: float = PATIENCE_SECONDS) -> "Glance":
         """Observe a run now, retrying schedulers that do not answer for `patience` seconds."""
         holder = run.holder()
-        lasting = Executors(Site(run, graph, run.config)).lasting()
+        lasting = Executors(Site(run, graph, run.config)).outliving_drivers()
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
     def require_known(self) -> "Glance":
@@ -86,9 +86,9 @@ class Glance:
         """State and detail of a stage that has jobs; None for other stages."""
         return next((state for seen in self.observed if (state := seen.state(stage, progress)) is not None), None)
 
-    def unbegun(self, stage: str) -> tuple[str, str] | None:
+    def ended_before_start(self, stage: str) -> tuple[str, str] | None:
         """State and detail of a stage whose jobs have ended before it started; None for other stages."""
-        return next((state for seen in self.observed if (state := seen.unbegun(stage)) is not None), None)
+        return next((state for seen in self.observed if (state := seen.ended_before_start(stage)) is not None), None)
 
 
 def jobs_elsewhere(run: RunDirectory, graph: Graph) -> int:
@@ -125,7 +125,7 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
     remaining.note(run.events())
     found = states(run, graph, glance)
     given = {event.stage: event for event in run.events() if isinstance(event, StageStarted)}
-    shares = {name: share_of(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
+    shares = {name: fraction_done(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
     published = [name for name, state in found.items() if state[0] in ("published", "released")]
     rows, stop = evaluations(graph), stop_decision(graph)
     took = {event.stage: event.seconds for event in run.events() if isinstance(event, StagePublished)}
@@ -176,12 +176,12 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glan
         detail = ", ".join(filter(None, (state[3], given.get(name, "") if state[0] == "running" else "")))
         table.add_row(name, *(escape(text) for text in (*state[:3], detail)))
     console.print(table)
-    unheard: list[Event] = []
+    unrecorded: list[Event] = []
     try:
-        unheard += [event for seen in glance.observed if seen.error is None for event in seen.unheard()]
+        unrecorded += [event for seen in glance.observed if seen.error is None for event in seen.unrecorded_events()]
     except UserError as error:
         failures.append(f"The history of some jobs is not known: {error}")
-    for line in [*failures, *notable_lines([*of_present(events, run.config), *unheard])]:
+    for line in [*failures, *notable_lines([*of_present(events, run.config), *unrecorded])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 
@@ -226,8 +226,8 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, glance: Glance) -> Sta
     if failure is not None and failure["kind"] != "stopped" and not (cancelled and failure["kind"] == "transient"):
         state = "retrying" if driven and failure["kind"] == "transient" else "failed"
         return _short(state, f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})")
-    if (unbegun := glance.unbegun(node.name)) is not None:
-        return _short("waiting", "") if driven or glance.jobs or cancelled else _short(*unbegun)
+    if (ended := glance.ended_before_start(node.name)) is not None:
+        return _short("waiting", "") if driven or glance.jobs or cancelled else _short(*ended)
     stopped = (last / "exit.json").exists() or not driven
     metrics = "" if stopped else metrics_in_words(latest_metrics(last))
     return _short("interrupted" if stopped else "running", ", ".join(filter(None, [progress, metrics])))

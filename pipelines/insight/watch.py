@@ -86,7 +86,7 @@ def print_logs(
 
 def _logs(run: RunDirectory, graph: Graph, stage: str | None) -> list[Path]:
     now = states(run, graph, Glance.at(run, graph))
-    executors = list(Executors(Site(run, graph, run.config)).lasting())
+    executors = list(Executors(Site(run, graph, run.config)).outliving_drivers())
     chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
     logs: list[Path] = []
     for name in chosen:
@@ -127,7 +127,9 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
         return
     with run.submit_lock():  # from now on, a job that ends submits no further ones
         (run.path / CANCEL).touch()
-        ids = [id for executor in Executors(Site(run, graph, run.config)).lasting() for id in executor.cancel()]
+        ids = [
+            id for executor in Executors(Site(run, graph, run.config)).outliving_drivers() for id in executor.cancel()
+        ]
     if glance.holder is not None:
         console.print(f"asked {glance.holder} to end.", soft_wrap=True, highlight=False)
     if ids:

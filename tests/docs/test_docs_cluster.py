@@ -12,7 +12,7 @@ from pipelines.config.changes import merge
 from pipelines.config.executor import KINDS_WITH_KEY, ExecutorSection, ResourcesSection, minutes_of
 from pipelines.config.load import load_run_config
 from pipelines.config.selecting import ARRAY_KINDS, KINDS
-from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
+from pipelines.execution.executors.slurm.resources import Resources, finalizing_resources, resources_of
 from pipelines.graph import Graph
 from pipelines.planning.placement import placed_graph
 
@@ -74,7 +74,7 @@ def test_the_defaults_in_the_table_are_the_codes(tmp_path: Path) -> None:
         for key in ("setup", "directives"):
             assert table[key][column] == "none"
             assert not getattr(without[kind], key)
-    assert table["memory"][KINDS.index("light")] == f"{finishing(executor).memory}, or an estimate"
+    assert table["memory"][KINDS.index("light")] == f"{finalizing_resources(executor).memory}, or an estimate"
 
 
 def test_hardware_says_the_gpus_of_a_training(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from pipelines.execution.executors.slurm.checks import check_slurm
 from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
-    finishing,
+    finalizing_resources,
     resources_of,
     submitit_parameters,
 )
 from pipelines.execution.executors.slurm.scripts import make_executor, script, write_dry_run
-from pipelines.execution.executors.slurm.task import FAILED, TRY_AGAIN, start_again
+from pipelines.execution.executors.slurm.task import FAILED, RETRIED, restart_lines
 from pipelines.graph import Graph
 from pipelines.iteration import build_graph
 from pipelines.machine import gpu_count
@@ -133,7 +133,7 @@ def test_later_entries_win_key_by_key_over_earlier_ones_and_the_run_wide(smalles
     assert asked(smallest, TRAINING).executor == "local"
     light = asked(smallest, "iteration-001/pairs")
     assert (light.partition, light.account, light.memory) == ("any", "ours", "4G")
-    last = finishing(load(smallest).executor)
+    last = finalizing_resources(load(smallest).executor)
     assert (last.partition, last.account, last.memory, last.cpus, last.minutes) == ("any", "ours", "4G", 1, 30)
 
 
@@ -449,19 +449,19 @@ def test_a_chain_of_jobs_shows_what_each_waits_for(smallest: Path) -> None:
     assert dependency("*-iteration-001-training.finish.sbatch") == f"afterany:<work of {TRAINING}>,{wanted}"
     assert not list(folder.glob("*-iteration-001-pairs.finish.sbatch"))
     assert "kill-on-invalid-dep=yes" in next(folder.glob("*-iteration-001-training.sbatch")).read_text()
-    start = "\n".join(start_again(config.executor.retries, config.executor.backoff_seconds))
+    start = "\n".join(restart_lines(config.executor.retries, config.executor.backoff_seconds))
     finalizing = {path.name.partition("-")[2] for path in folder.iterdir() if path.read_text().endswith(start)}
     assert {"setup-world.sbatch", "iteration-001-pairs.sbatch", "iteration-001-training.finish.sbatch"} <= finalizing
     assert not finalizing & {"iteration-001-training.sbatch", "iteration-001-generation.sbatch"}
 
 
-@pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (FAILED, 1), (TRY_AGAIN, 1), (1, 4), (137, 4)])
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (FAILED, 1), (RETRIED, 1), (1, 4), (137, 4)])
 def test_a_finalizing_job_starts_its_process_again_unless_that_has_finished(
     tmp_path: Path, code: int, starts: int
 ) -> None:
     path = tmp_path / "job"
     lines = ["set -u", f"echo \"${{RATCHET_ENDED:-}}\" >> '{tmp_path}/starts'", f"(exit {code})", "", "# teardown"]
-    path.write_text("\n".join([*lines, *start_again(3, 0)]))
+    path.write_text("\n".join([*lines, *restart_lines(3, 0)]))
     assert subprocess.run(["bash", path], check=False).returncode == code
     assert (tmp_path / "starts").read_text().split("\n")[:-1] == [f" {code}" * number for number in range(starts)]
 

@@ -17,7 +17,7 @@ from contracts.surroundings import without_foreign
 from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
 from pipelines.execution.endings import ending_of, progress_of
-from pipelines.execution.supervisor import supervise_here
+from pipelines.execution.supervisor import supervise_locally
 from pipelines.insight.wording import notable_lines
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
@@ -140,7 +140,7 @@ def test_the_drivers_stages_have_clean_surroundings(place: Path, monkeypatch: py
     (attempt / "request.json").write_text(json.dumps(request))
     for name, value in hostile.items():
         monkeypatch.setenv(name, value)
-    assert supervise_here(str(attempt)) == 0, (attempt / "stage.log").read_text()
+    assert supervise_locally(str(attempt)) == 0, (attempt / "stage.log").read_text()
     given = stage_environment(variables)
     assert not set(hostile) - {"PYTHONPATH"} & set(given)
     assert (given["PYTHONPATH"], given["MINE"]) == (str(ROOT), "1")
@@ -344,7 +344,7 @@ def test_logs_that_are_deleted_while_a_stage_runs(place: Path) -> None:
     script = "rm -r logs; sleep 0.5; exit 3"
     request = {"argv": ["bash", "-c", script], "environment": {}, "unset": [], "directory": str(place)}
     (attempt / "request.json").write_text(json.dumps({**request, "run": "", "driver": None}))
-    assert supervise_here(str(attempt)) == 3
+    assert supervise_locally(str(attempt)) == 3
     assert ending_of(attempt).how == "failed with exit code 3."
 
 
@@ -362,7 +362,7 @@ def test_a_stage_that_cannot_start(argv: list[str], directory: str, message: str
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, limits[1]))
     try:
-        supervise_here(str(place))
+        supervise_locally(str(place))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ending = ending_of(place)

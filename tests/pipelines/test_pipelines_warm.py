@@ -413,14 +413,14 @@ def test_libraries_are_imported_one_stage_ahead(smallest: Path, monkeypatch: pyt
     """Of an environment that several stages with models need, when one that another waits for is started."""
     begun: list[str] = []
     monkeypatch.setattr(local, "stage_request", lambda *_, **__: AttemptRequest(["python"], {}, [], "", "", None))
-    monkeypatch.setattr(LocalExecutor, "_preloads", lambda *_: True)
+    monkeypatch.setattr(LocalExecutor, "_can_preload", lambda *_: True)
     monkeypatch.setattr(LocalExecutor, "_address", lambda _, node, *__: begun.append(node.environment))
 
     def begun_by(*names: str) -> list[str]:
         begun.clear()
         executor = LocalExecutor(Site(run, graph, config, ENTRY))
         for name in names:
-            executor._import_ahead(graph.nodes[name])
+            executor._import_in_advance(graph.nodes[name])
         return begun
 
     config = load_run_config(smallest, [])

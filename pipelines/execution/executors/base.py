@@ -85,11 +85,11 @@ class Observation(Protocol):
         """State and detail of a stage whose jobs have not ended or are in an unknown state; None if it has none."""
         ...
 
-    def unbegun(self, stage: str) -> tuple[str, str] | None:
+    def ended_before_start(self, stage: str) -> tuple[str, str] | None:
         """State and detail of a stage whose latest job ended before its supervisor began."""
         ...
 
-    def unheard(self) -> "list[JobEnded]":
+    def unrecorded_events(self) -> "list[JobEnded]":
         """Events of ended jobs that are not recorded yet.
 
         Raises:
@@ -106,7 +106,7 @@ class JobTask(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class JobEntry:
     """Functions of the layers above the executors, passed down to them; see pipelines/job.py."""
 
     perform: Callable[[JobTask], None]
@@ -122,7 +122,7 @@ class Site:
     run: "RunDirectory"
     graph: "Graph"
     config: "RunConfig"
-    entry: Entry | None = None
+    entry: JobEntry | None = None
     """None for readers, which submit nothing."""
 
 
@@ -193,7 +193,7 @@ class Executors:
         self.site = site
         self._made: dict[str, Executor] = {}
 
-    def named(self, kind: str) -> Executor:
+    def of_kind(self, kind: str) -> Executor:
         """The executor of a kind."""
         if kind not in self._made:
             self._made[kind] = executor_class(kind)(self.site)
@@ -201,17 +201,17 @@ class Executors:
 
     def of(self, node: "Node") -> Executor:
         """The executor that a stage runs on."""
-        return self.named(str(self.site.config.executor.entry(node).kind))
+        return self.of_kind(str(self.site.config.executor.entry(node).kind))
 
     def used(self) -> list[Executor]:
         """The executors that the stages of the run need, in the order of the stages."""
         return list(dict.fromkeys(self.of(node) for node in self.site.graph.nodes.values()))
 
-    def lasting(self) -> Iterator[Executor]:
+    def outliving_drivers(self) -> Iterator[Executor]:
         """All executors whose jobs outlive a driver: an earlier command may have used any of them."""
         from pipelines.config.executor import EXECUTORS
 
-        return (self.named(kind) for kind in EXECUTORS if executor_class(kind).outlives_driver)
+        return (self.of_kind(kind) for kind in EXECUTORS if executor_class(kind).outlives_driver)
 
     def require_detachable(self, plan: "dict[str, Verdict]") -> None:
         """Check that all stages that have to run can do so without a driver.
@@ -239,7 +239,7 @@ class Executors:
                     "--detach out."
                 )
 
-    def made(self) -> list[Executor]:
+    def created(self) -> list[Executor]:
         """The executors created so far."""
         return list(self._made.values())
 

@@ -25,13 +25,13 @@ from pipelines.planning.cluster import threads_here
 from pipelines.planning.estimates import memory
 from pipelines.run.events import JobEnded
 
-WORTH_IT = 2
+MIN_WARM_STAGES = 2
 """Minimum number of remaining stages with models for which a warm process is started."""
 IMPORT_SECONDS = 120.0
 """How long a stage with a model waits for the imports; its own would take as long."""
 START_SECONDS = 5.0
 """How long a supervisor waits for its imports."""
-SUPERVISORS = "pipelines"
+SUPERVISOR_PACKAGE = "pipelines"
 
 
 def is_heavy(node: Node) -> bool:
@@ -63,8 +63,8 @@ class LocalExecutor(Executor):
         with log.open("ab") as output:
             process: Process | None = None
             if self._warm is not None:
-                path = self._warm.address(SUPERVISORS, command[0], os.environ, os.getcwd())
-                place = (os.environ, os.getcwd(), source_version(SUPERVISORS), output)
+                path = self._warm.address(SUPERVISOR_PACKAGE, command[0], os.environ, os.getcwd())
+                place = (os.environ, os.getcwd(), source_version(SUPERVISOR_PACKAGE), output)
                 process = fork(path, command, *place, START_SECONDS)
             process = process or subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -73,11 +73,11 @@ class LocalExecutor(Executor):
 
     def write_request(self, node: Node, attempt: Path) -> None:
         """Write the attempt's request."""
-        self._import_ahead(node)
+        self._import_in_advance(node)
         request = stage_request(node, attempt, self.run.path, self.config, self._threads, here=True)
-        write_request(node, attempt, self._warmed(node, request))
+        write_request(node, attempt, self._with_warm_process(node, request))
 
-    def _import_ahead(self, started: Node) -> None:
+    def _import_in_advance(self, started: Node) -> None:
         """Start importing the libraries of the stage being started, or of stages that depend on it directly.
 
         The imports thus run during the stage before the first that needs them, and stages that are never reached cost
@@ -88,19 +88,19 @@ class LocalExecutor(Executor):
         if self._heavy is None:
             self._heavy = {}
             for node in self.graph.nodes.values():
-                if is_heavy(node) and self._preloads(node):
-                    self._heavy.setdefault((node.environment, _own_gpus(node)), []).append(node)
+                if is_heavy(node) and self._can_preload(node):
+                    self._heavy.setdefault((node.environment, _exclusive_placement(node)), []).append(node)
         for place, nodes in list(self._heavy.items()):
             if any(started.name in (node.name, *node.needs) for node in nodes):
                 left = [node for node in nodes if not (node.output / MANIFEST).is_file()]
-                if len(left) >= WORTH_IT:
+                if len(left) >= MIN_WARM_STAGES:
                     where = (self.run.path, self.run.path, self.config, self._threads)
                     request = stage_request(left[0], *where, here=True)
                     libraries = {name for node in left for name in node.stage.libraries(node.config)}
                     self._address(left[0], request, libraries)
                 del self._heavy[place]  # there will not be more stages later
 
-    def _preloads(self, node: Node) -> bool:
+    def _can_preload(self, node: Node) -> bool:
         """Whether a warm process can import the libraries of a stage's environment."""
         locked = self.config.environments.of(node.environment).is_locked
         return locked and (source_root() / node.environment / "preload.py").is_file()
@@ -114,14 +114,14 @@ class LocalExecutor(Executor):
         place = (node.environment, request.argv[0], environment, request.directory)
         return self._warm.address(*place, sorted(libraries or ()))
 
-    def _warmed(self, node: Node, request: AttemptRequest) -> AttemptRequest:
+    def _with_warm_process(self, node: Node, request: AttemptRequest) -> AttemptRequest:
         """The request with the warm process that the stage is forked from, if there is one."""
-        if self._warm is None or not self._preloads(node):
+        if self._warm is None or not self._can_preload(node):
             return request
         path = self._address(node, request)
         if path is None:
             return request
-        self._make_room(node, request)
+        self._free_memory(node, request)
         return msgspec.structs.replace(
             request,
             warm=str(path),
@@ -130,7 +130,7 @@ class LocalExecutor(Executor):
             label=node.stage.label(node.config),
         )
 
-    def _make_room(self, node: Node, request: AttemptRequest) -> None:
+    def _free_memory(self, node: Node, request: AttemptRequest) -> None:
         """Have warm processes free the memory that the stage needs and that models of other stages hold."""
         assert self._warm is not None
         if not is_heavy(node):
@@ -141,12 +141,12 @@ class LocalExecutor(Executor):
             self._warm.release(devices_of(request.environment), node.stage.label(node.config))
 
 
-def _own_gpus(node: Node) -> Placement | None:
+def _exclusive_placement(node: Node) -> Placement | None:
     """The placement of a stage that sees GPUs of its own, which a warm process for it must see as well."""
     return node.placement if node.placement is not None and node.placement.exclusive and gpu_count() else None
 
 
-class JobHere:
+class LocalJob:
     """A supervisor on this machine. It is asked to end by a file."""
 
     pid: int | None = None
@@ -168,7 +168,7 @@ class JobHere:
         (self._attempt / "cancel").touch()
 
 
-class _ProcessJob(JobHere):
+class _ProcessJob(LocalJob):
     def __init__(self, process: Process, attempt: Path, log: Path) -> None:
         super().__init__(attempt)
         self._process = process

@@ -5,7 +5,7 @@ import subprocess
 
 from contracts.errors import UserError
 from pipelines.config.executor import ExecutorSection, minutes_of
-from pipelines.execution.executors.slurm.resources import Resources, finishing, resources_of
+from pipelines.execution.executors.slurm.resources import Resources, finalizing_resources, resources_of
 from pipelines.execution.executors.slurm.scheduler import nodes_outside
 from pipelines.graph import Graph
 
@@ -35,7 +35,7 @@ def check_slurm(executor: ExecutorSection, graph: Graph) -> None:
     for nodes in dict.fromkeys(resources.pool_nodes for resources in asked.values() if resources.pool_nodes):
         nodes_outside(nodes)
     partitions = _partitions()
-    for name, resources in {**asked, "the finishing jobs": finishing(executor)}.items():
+    for name, resources in {**asked, "the finishing jobs": finalizing_resources(executor)}.items():
         _check_partition(name, resources, partitions)
 
 

@@ -20,9 +20,9 @@ from contracts.locks import locked
 from contracts.manifest import MANIFEST
 from pipelines.execution.attempts import STAGE_CONFIG, decision_of, write_decision
 from pipelines.execution.endings import ending_of, log_of, log_tail
-from pipelines.execution.executors.base import Entry, Site
+from pipelines.execution.executors.base import JobEntry, Site
 from pipelines.execution.executors.slurm import scheduler
-from pipelines.execution.executors.slurm.events import outcome_of, record_missed
+from pipelines.execution.executors.slurm.events import job_events, record_missed
 from pipelines.execution.executors.slurm.jobs import (
     RECORD,
     Jobs,
@@ -35,7 +35,7 @@ from pipelines.execution.executors.slurm.jobs import (
     submit,
 )
 from pipelines.execution.executors.slurm.scheduler import SchedulerError
-from pipelines.execution.executors.slurm.task import FAILED, TRY_AGAIN, SlurmTask
+from pipelines.execution.executors.slurm.task import FAILED, RETRIED, SlurmTask
 from pipelines.execution.lifecycle import Lifecycle
 from pipelines.execution.listeners import Broadcast
 from pipelines.execution.supervisor import end_orphans
@@ -52,9 +52,9 @@ from pipelines.text import echo, plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-AGAIN = "again"
+REBUILD_MARK = "again"
 """File in an attempt that rebuilds deleted weights; it holds the reason."""
-CONTINUES = "continues"
+RETRY_MARK = "continues"
 """File in an attempt that was submitted by a finishing job."""
 
 
@@ -111,20 +111,20 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
             if not (node.output / MANIFEST).is_file():  # it is in superseded/
                 lifecycle.act(node, lifecycle.decide(node))
             continue
-        behind: list[str] = []
+        after_end: list[str] = []
         known = last_jobs(run, node.name)
         if known is not None and known.last in live:
             if is_current(node, run.attempts(node.name)[-1]) and not new.keys() & set(node.needs):
                 continue
             scheduler.cancel(known.ids)
-            behind = [id for id in known.ids if id in live]
+            after_end = [id for id in known.ids if id in live]
         attempt = run.new_attempt(node.name)
         request_for(node, attempt, site)
         if plan[node.name].rebuild:
-            (attempt / AGAIN).write_text(plan[node.name].reason)
+            (attempt / REBUILD_MARK).write_text(plan[node.name].reason)
         after = predecessors(run, node, live)
         try:
-            new[node.name] = submit(node, attempt, site, detached=True, after=after, behind=behind)
+            new[node.name] = submit(node, attempt, site, detached=True, after=after, after_end=after_end)
         except SchedulerError as error:
             scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
             end_unknown(run.path)
@@ -164,7 +164,7 @@ def predecessors(run: RunDirectory, node: Node, live: set[str]) -> tuple[str, ..
 
 
 @dataclass(frozen=True)
-class Here:
+class JobContext:
     """The run, stage and attempt that a job of a detached run works on."""
 
     site: Site
@@ -173,7 +173,7 @@ class Here:
     attempt: Path
 
     @classmethod
-    def of(cls, task: SlurmTask, entry: Entry) -> "Here":
+    def of(cls, task: SlurmTask, entry: JobEntry) -> "JobContext":
         """Load it from disk."""
         run = RunDirectory(Path(task.run))
         config = run.config
@@ -182,42 +182,42 @@ class Here:
         return cls(site, Lifecycle(run, graph, config), graph.nodes[task.stage], Path(task.attempt))
 
 
-def prepare(task: SlurmTask, entry: Entry) -> Decision:
+def prepare(task: SlurmTask, entry: JobEntry) -> Decision:
     """Decide about a stage whose inputs are published, once for all tasks of its array and all their restarts."""
     attempt = Path(task.attempt)
     with locked(attempt / "prepare.lock"):
         decision = decision_of(attempt)
         if decision is None:
-            decision = _prepare(Here.of(task, entry))
+            decision = _prepare(JobContext.of(task, entry))
             write_decision(attempt, decision)
     return decision
 
 
-def _prepare(here: Here) -> Decision:
-    node, graph = here.node, here.site.graph
-    if graph.rollbacks and not is_current(node, here.attempt):
+def _prepare(context: JobContext) -> Decision:
+    node, graph = context.node, context.site.graph
+    if graph.rollbacks and not is_current(node, context.attempt):
         raise TransientError(
             f"stage {node.name} was submitted before a gate had taken the run back: it is another now."
         )
     missing = [name for name in node.needs if not exists_uncached(graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
-    again = here.attempt / AGAIN
-    decision = here.lifecycle.decide(node, again.read_text() if again.exists() else None)
-    here.lifecycle.act(node, decision)
+    mark = context.attempt / REBUILD_MARK
+    decision = context.lifecycle.decide(node, mark.read_text() if mark.exists() else None)
+    context.lifecycle.act(node, decision)
     if not decision.reuse:
-        here.lifecycle.start(node, decision, here.attempt)
+        context.lifecycle.start(node, decision, context.attempt)
     return decision
 
 
-def finalize(task: SlurmTask, entry: Entry) -> int:
+def finalize(task: SlurmTask, entry: JobEntry) -> int:
     """Record a stage's output after its jobs have ended, retry the stage, or fail.
 
     Returns:
         The exit code (task.py), by which Slurm starts or cancels the jobs that depend on this one.
     """
-    here = Here.of(task, entry)
-    run, graph, node, attempt = here.site.run, here.site.graph, here.node, here.attempt
+    context = JobContext.of(task, entry)
+    run, graph, node, attempt = context.site.run, context.site.graph, context.node, context.attempt
     broadcast = Broadcast(run, entry.listeners(run, graph))
     with run.submit_lock():  # the submitting command may still be recording the job ids
         jobs = jobs_of(attempt)
@@ -225,61 +225,61 @@ def finalize(task: SlurmTask, entry: Entry) -> int:
         print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
         return FAILED
     published = exists_uncached(node.output / MANIFEST)
-    for event in outcome_of(node.name, attempt, jobs.tasks, published=published):
+    for event in job_events(node.name, attempt, jobs.tasks, published=published):
         run.record(event)
         print(event.text)
     keep_output(attempt, run.path)
     decision = decision_of(attempt)
     with run.submit_lock():
-        code = _again(here) if decision is None or not published else _published(here, decision)
+        code = _retry(context) if decision is None or not published else _published(context, decision)
         clear_folders(run.path, scheduler.live_ids(run.path))
-    if code == 0 and here.lifecycle.concerns_retention(node):
-        _retain(here)
+    if code == 0 and context.lifecycle.concerns_retention(node):
+        _retain(context)
     complete = all((other.output / MANIFEST).is_file() for other in graph.nodes.values())
     if code == RunStoppedError.exit_code:
         run.record(RunEnded(outcome="stopped"))
-    elif complete or code not in (0, TRY_AGAIN):
+    elif complete or code not in (0, RETRIED):
         run.record(RunEnded(outcome="finished" if complete else "failed"))
     broadcast.close()
     return code
 
 
-def _published(here: Here, decision: Decision) -> int:
+def _published(context: JobContext, decision: Decision) -> int:
     if not decision.reuse:
-        here.lifecycle.finalize(here.node, decision.key, here.attempt)
-    decided = decision_after(here.node)
+        context.lifecycle.finalize(context.node, decision.key, context.attempt)
+    decided = decision_after(context.node)
     if decided is None:
         return 0
     if decided.action == "stop":
         print(f"stopped: {decided.reason}", file=sys.stderr)
         return RunStoppedError.exit_code
-    site = here.site
+    site = context.site
     goes_on = not (site.run.path / CANCEL).exists()
     if goes_on and any(gate.do == "rollback" for gate in site.config.gates.values()):
         submit_missing(site, verdicts(site.graph, site.config, []), end_unknown(site.run.path))
     return 0
 
 
-def _retain(here: Here) -> None:
+def _retain(context: JobContext) -> None:
     """Apply retention; only one job of the run does so at a time."""
-    graph, retention = here.site.graph, here.lifecycle.retention
+    graph, retention = context.site.graph, context.lifecycle.retention
     published = {name for name, node in graph.nodes.items() if (node.output / MANIFEST).is_file()}
-    with locked(here.site.run.path / "retention.lock"), retention:
-        here.lifecycle.retain(here.node, published)
+    with locked(context.site.run.path / "retention.lock"), retention:
+        context.lifecycle.retain(context.node, published)
         while retention.poll():
             time.sleep(1)
 
 
-def _again(here: Here) -> int:
+def _retry(context: JobContext) -> int:
     """Retry the stage in another job that its dependents then wait for, or fail if a retry cannot help."""
-    run, node, attempt = here.site.run, here.node, here.attempt
+    run, node, attempt = context.site.run, context.node, context.attempt
     if (run.path / CANCEL).exists():
         print(f"stage {node.name}: the run was cancelled", file=sys.stderr)
         return FAILED
     for earlier in attempts_since_command(run, node.name):
         if earlier != attempt:
-            here.lifecycle.retries.pause_after(node.name, ending_of(earlier).kind)
-    ending, pause = here.lifecycle.fail(node, attempt)
+            context.lifecycle.retries.pause_after(node.name, ending_of(earlier).kind)
+    ending, pause = context.lifecycle.fail(node, attempt)
     if pause is None:
         text = ending.reason or f"{ending.how}\n{log_tail(attempt)}"
         print(f"error: stage {node.name}: {text}\n  log: {log_of(attempt)}", file=sys.stderr)
@@ -288,13 +288,13 @@ def _again(here: Here) -> int:
     latest = run.attempts(node.name)[-1]
     if latest == attempt or jobs_of(latest) is None:  # otherwise this job was killed after submitting, and restarted
         following = run.new_attempt(node.name)
-        (following / CONTINUES).touch()
-        request_for(node, following, here.site)
-        jobs = submit(node, following, here.site, detached=True, pause=pause)
+        (following / RETRY_MARK).touch()
+        request_for(node, following, context.site)
+        jobs = submit(node, following, context.site, detached=True, pause=pause)
         run.record(StageSubmitted(stage=node.name, attempt=following.name, jobs=jobs.ids))
     queue = scheduler.queue(run.path)
     live, pending = {job.base for job in queue}, {job.base for job in queue if job.state == "PENDING"}
-    for later in here.site.graph.nodes.values():
+    for later in context.site.graph.nodes.values():
         waiting = last_jobs(run, later.name)
         if node.name not in later.needs or waiting is None or waiting.work not in pending:
             continue
@@ -302,11 +302,11 @@ def _again(here: Here) -> int:
         scheduler.set_dependency(waiting.work, success)
         if waiting.finish is not None:
             scheduler.set_dependency(waiting.finish, f"afterany:{waiting.work},{success}")
-    return TRY_AGAIN
+    return RETRIED
 
 
 def attempts_since_command(run: RunDirectory, stage: str) -> list[Path]:
     """The attempts at a stage since the last command."""
     attempts = run.attempts(stage)
-    first = max((number for number, path in enumerate(attempts) if not (path / CONTINUES).exists()), default=0)
+    first = max((number for number, path in enumerate(attempts) if not (path / RETRY_MARK).exists()), default=0)
     return attempts[first:]

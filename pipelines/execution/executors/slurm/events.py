@@ -30,7 +30,7 @@ WORDS = {
 """Wording of the states that a report shows; jobs that ended well are not shown."""
 
 
-def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: bool) -> list[JobEnded]:
+def job_events(stage: str, attempt: Path, tasks: dict[str, int], *, published: bool) -> list[JobEnded]:
     """Events of the jobs of an ended attempt; their records are saved as accounting.json next to its logs.
 
     If accounting does not answer, the run continues; without the file, later commands ask again.
@@ -46,10 +46,10 @@ def outcome_of(stage: str, attempt: Path, tasks: dict[str, int], *, published: b
     except SchedulerError as error:
         print(f"what happened to the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
         return []
-    return _note(stage, attempt, records)
+    return _save(stage, attempt, records)
 
 
-def _note(stage: str, attempt: Path, records: list[scheduler.JobRecord]) -> list[JobEnded]:
+def _save(stage: str, attempt: Path, records: list[scheduler.JobRecord]) -> list[JobEnded]:
     rows = [{name: getattr(record, name) for name in record.__struct_fields__} for record in records]
     write_atomically(attempt / ACCOUNTING, json.dumps(rows, indent=1).encode())
     return _events(stage, records)
@@ -98,11 +98,11 @@ def record_missed(run: RunDirectory, live: set[str]) -> None:
     records = scheduler.complete_history({id: count for jobs in found.values() for id, count in jobs.tasks.items()})
     for attempt, jobs in found.items():
         of_attempt = [record for record in records if record.base in jobs.ids]
-        for event in _note(run.stage_of(attempt), attempt, of_attempt):
+        for event in _save(run.stage_of(attempt), attempt, of_attempt):
             run.record(event)
 
 
-def missed(run: RunDirectory, live: set[str], patience: float) -> list[JobEnded]:
+def missed_events(run: RunDirectory, live: set[str], patience: float) -> list[JobEnded]:
     """The events that `record_missed` would record, without recording them.
 
     Raises:

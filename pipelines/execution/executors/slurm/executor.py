@@ -16,7 +16,7 @@ from pipelines.execution.endings import PUBLISHER, parts_of
 from pipelines.execution.executors.base import Executor, Job, Site
 from pipelines.execution.executors.slurm import detached, scheduler
 from pipelines.execution.executors.slurm.checks import check_slurm
-from pipelines.execution.executors.slurm.events import missed, outcome_of, record_missed
+from pipelines.execution.executors.slurm.events import job_events, missed_events, record_missed
 from pipelines.execution.executors.slurm.jobs import (
     Jobs,
     clear_folders,
@@ -36,15 +36,15 @@ from pipelines.run.events import JobEnded
 from pipelines.run.verdicts import Verdict
 from pipelines.text import plural
 
-SHORTEST, LONGEST = 1.0, 20.0
+MIN_INTERVAL, MAX_INTERVAL = 1.0, 20.0
 """Bounds in seconds for the interval between queries of Slurm's controller."""
-ORDINARY = frozenset("None Resources Priority Dependency BeginTime JobArrayTaskLimit Cleaning Prolog".split())
+TEMPORARY_REASONS = frozenset("None Resources Priority Dependency BeginTime JobArrayTaskLimit Cleaning Prolog".split())
 """Reasons of pending jobs that pass on their own."""
-HOPELESS = frozenset(
+PERMANENT_REASONS = frozenset(
     "PartitionConfig PartitionNodeLimit PartitionTimeLimit BadConstraints InvalidAccount InvalidQOS".split()
 )
 """Reasons for which a job can never start."""
-WAITS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
+DEPENDENCY_REASONS = ("Dependency", "BeginTime", "DependencyNeverSatisfied")
 """Reasons of a job that waits for other jobs or a time, not for resources."""
 
 
@@ -154,26 +154,26 @@ class Queue:
 
     def __init__(self, run: Path, live: set[str]) -> None:
         self.run = run
-        self._changed = self._asked = time.monotonic()
+        self._changed = self._polled = time.monotonic()
         self.live = live
         self.reasons: dict[str, str] = {}
 
     def expect(self, jobs: Jobs) -> None:
         """Add jobs that were just submitted."""
         self.live = self.live | set(jobs.ids)
-        self._changed = self._asked = time.monotonic()
+        self._changed = self._polled = time.monotonic()
 
     def poll(self) -> None:
         """Query the controller again if the interval is over."""
         now = time.monotonic()
-        if now - self._asked < min(LONGEST, max(SHORTEST, (now - self._changed) / 10)):
+        if now - self._polled < min(MAX_INTERVAL, max(MIN_INTERVAL, (now - self._changed) / 10)):
             return
         jobs = scheduler.queue(self.run)
         live = {job.base for job in jobs}
         self.reasons = {job.base: job.reason for job in jobs if job.state == "PENDING"}
-        self._asked = time.monotonic()
+        self._polled = time.monotonic()
         if live != self.live:
-            self._changed = self._asked
+            self._changed = self._polled
             self.live = live
             clear_folders(self.run, live)
 
@@ -188,20 +188,20 @@ class AttachedJob:
         self._jobs = jobs
         self._attempt = attempt
         self._queue = queue
-        self._told = ""
-        self._said = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
+        self._last_reason = ""
+        self._exit_file = attempt / (PUBLISHER if jobs.finish else "task-0") / "exit.json"
 
     def ended(self) -> bool:
         """Whether its last supervisor has written exit.json, or Slurm no longer lists its last job."""
         self._queue.poll()
-        return self._said.exists() or self._jobs.last not in self._queue.live
+        return self._exit_file.exists() or self._jobs.last not in self._queue.live
 
     def news(self) -> str | None:
         """The reason why Slurm does not start a job, if it may last."""
         for id in self._jobs.ids:
             reason = self._queue.reasons.get(id, "None")
-            if reason != self._told and reason not in ORDINARY:
-                self._told = reason
+            if reason != self._last_reason and reason not in TEMPORARY_REASONS:
+                self._last_reason = reason
                 return f"job {id} waits: {reason}"
         return None
 
@@ -209,7 +209,7 @@ class AttachedJob:
         """Keep the jobs' output in the attempt. Returns their events."""
         keep_output(self._attempt, self._queue.run)
         published = exists_uncached(self._node.output / MANIFEST)
-        return outcome_of(self._node.name, self._attempt, self._jobs.tasks, published=published)
+        return job_events(self._node.name, self._attempt, self._jobs.tasks, published=published)
 
     def cancel(self) -> None:
         """End the jobs."""
@@ -258,11 +258,11 @@ class SlurmObservation:
             return "running", f"{before}job {where}{', ...' if running[4:] else ''}"
         reasons = {job.reason for job in queued}
         detail = f"job {', '.join(dict.fromkeys(job.base for job in queued))}: {', '.join(sorted(reasons))}"
-        if reasons & HOPELESS:
+        if reasons & PERMANENT_REASONS:
             detail += "; it will not start as it is: cancel, and ask for less"
-        return "waiting" if reasons <= set(WAITS) else "queued", f"{before}{detail}"
+        return "waiting" if reasons <= set(DEPENDENCY_REASONS) else "queued", f"{before}{detail}"
 
-    def unbegun(self, stage: str) -> tuple[str, str] | None:
+    def ended_before_start(self, stage: str) -> tuple[str, str] | None:
         """State and detail of a stage whose latest jobs ended before it began, with their error message."""
         attempts = self._run.attempts(stage)
         ended = jobs_of(attempts[-1]) if attempts else None
@@ -275,6 +275,6 @@ class SlurmObservation:
                 return "failed", f"{text}. {said} (log: {log})"
         return "interrupted", text
 
-    def unheard(self) -> list[JobEnded]:
+    def unrecorded_events(self) -> list[JobEnded]:
         """Events of ended jobs that are not recorded yet."""
-        return missed(self._run, {job.base for job in self._queued}, self._patience)
+        return missed_events(self._run, {job.base for job in self._queued}, self._patience)

@@ -112,7 +112,7 @@ def submit(
     *,
     detached: bool = False,
     after: Collection[str] = (),
-    behind: Collection[str] = (),
+    after_end: Collection[str] = (),
     pause: float | None = None,
 ) -> Jobs:
     """Submit the jobs of an attempt whose request is written, and record their ids in its folder.
@@ -120,11 +120,11 @@ def submit(
     Args:
         detached: whether the jobs finalize the stage themselves.
         after: jobs that must succeed before.
-        behind: jobs that must end before, in success or failure.
+        after_end: jobs that must end before, in success or failure.
         pause: seconds to wait before the start.
     """
     success = [f"afterok:{':'.join(after)}"] if after else []
-    ended = [f"afterany:{':'.join(behind)}"] if behind else []
+    ended = [f"afterany:{':'.join(after_end)}"] if after_end else []
     jobs = planned_jobs(node, site.config.executor, site.graph, detached=detached)
     work = _submit(node, attempt, site, jobs[0], [*success, *ended], detached, pause)
     finish = None
@@ -162,7 +162,7 @@ def _submit(
                 return str(slurm.map_array(perform, [task] * array)[0].job_id)
             return str(slurm.submit(perform, task).job_id)
 
-    return scheduler.patiently(f"submitting stage {node.name}", hand_over).partition("_")[0]
+    return scheduler.retry_until_answered(f"submitting stage {node.name}", hand_over).partition("_")[0]
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from contracts.errors import TransientError, UserError
 from contracts.files import exists_uncached, write_atomically
 from contracts.stopping import SIGNALS
 from pipelines.execution.endings import PUBLISHER
-from pipelines.execution.executors.base import Entry
+from pipelines.execution.executors.base import JobEntry
 from pipelines.execution.executors.slurm import scheduler
 from pipelines.execution.executors.slurm.start import PREEMPTION_SIGNALS
-from pipelines.execution.executors.slurm.task import ENDED, Duty, SlurmTask
+from pipelines.execution.executors.slurm.task import EXIT_CODES, Duty, SlurmTask
 from pipelines.execution.supervisor import DECISION, supervise
 
 RENDEZVOUS_SECONDS = 300.0
@@ -34,7 +34,7 @@ SIGNAL_MARGIN_SECONDS = 150.0
 granularity of Slurm's clock."""
 
 
-def perform(task: SlurmTask, entry: Entry) -> None:
+def perform(task: SlurmTask, entry: JobEntry) -> None:
     """Run a job's duties on one of its nodes."""
     _record_restart(task)
     code = 0
@@ -47,7 +47,7 @@ def perform(task: SlurmTask, entry: Entry) -> None:
 
 
 def _record_restart(task: SlurmTask) -> None:
-    ended = os.environ.pop(ENDED, "").split()
+    ended = os.environ.pop(EXIT_CODES, "").split()
     if not ended:
         return
     from pipelines.run.directory import RunDirectory
@@ -58,7 +58,7 @@ def _record_restart(task: SlurmTask) -> None:
     RunDirectory(Path(task.run)).record(event)
 
 
-def _guarded(duty: Duty, task: SlurmTask, entry: Entry) -> int:
+def _guarded(duty: Duty, task: SlurmTask, entry: JobEntry) -> int:
     """Run one duty. Errors outside the stage's own process are recorded as its failure."""
     part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
     try:
@@ -74,7 +74,7 @@ def _guarded(duty: Duty, task: SlurmTask, entry: Entry) -> int:
         return 1 if duty == "finalize" else code  # 1: not finalized
 
 
-def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
+def _run_command(task: SlurmTask, part: str, entry: JobEntry) -> int:
     """Run the stage's command, or this process's share of it. If it has to stop early, ask for a requeue."""
     stop = StopRequest()
     code = 128 + signal.SIGUSR2  # for a stage that has to stop before it starts
@@ -112,7 +112,7 @@ def _run_command(task: SlurmTask, part: str, entry: Entry) -> int:
         time.sleep(1)  # until Slurm ends this process
 
 
-def _is_reused(task: SlurmTask, entry: Entry) -> bool:
+def _is_reused(task: SlurmTask, entry: JobEntry) -> bool:
     """Whether the stage is reused, which the first of its tasks decides for all."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: decide again
         return bool(json.loads(Path(task.attempt, DECISION).read_bytes())["reuse"])

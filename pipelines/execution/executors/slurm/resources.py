@@ -11,10 +11,10 @@ from pipelines.config.selecting import ARRAY_KINDS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.estimates import memory
 
-MINUTES: dict[Workload, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
+DEFAULT_MINUTES: dict[Workload, int] = {"generation": 240, "scoring": 240, "training": 1440, "light": 30}
 CPUS_PER_GPU = 8
 LIGHT_GIB = 4
-ROOM = 1.25
+MEMORY_MARGIN = 1.25
 """Requested memory as a multiple of the estimate."""
 MARGIN_SECONDS = 60
 """Slurm checks time limits at intervals of up to this many seconds."""
@@ -69,7 +69,7 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
     layout = node.stage.layout(node.config)
     processes = layout.processes // layout.nodes
     gpus = entry.gpus or 0
-    return _filled(
+    return _with_defaults(
         entry,
         kind,
         tasks=(entry.tasks or DEFAULT_TASKS) if kind in ARRAY_KINDS else 1,
@@ -82,18 +82,18 @@ def resources_of(node: Node, executor: ExecutorSection, graph: Graph | None = No
     )
 
 
-def finishing(executor: ExecutorSection) -> Resources:
+def finalizing_resources(executor: ExecutorSection) -> Resources:
     """The request of the small job that finishes a heavy stage: like that of a light stage, and always on Slurm."""
     entry = executor.finalizing_entry().model_copy(update={"kind": "slurm"})
-    return _filled(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
+    return _with_defaults(entry, "light", cpus=entry.cpus or 1, gpus=0, memory=entry.memory or f"{LIGHT_GIB}G")
 
 
-def _filled(entry: StageSection, kind: Workload, placement: Placement | None = None, **counts: Any) -> Resources:
+def _with_defaults(entry: StageSection, kind: Workload, placement: Placement | None = None, **counts: Any) -> Resources:
     return Resources(
         kind=kind,
         executor="slurm",
         gpu_type=entry.gpu_type,
-        minutes=entry.minutes or MINUTES[kind],
+        minutes=entry.minutes or DEFAULT_MINUTES[kind],
         partition=(placement.partition if placement is not None else None) or entry.partition,
         pool_nodes=placement.nodes if placement is not None else None,
         account=entry.account,
@@ -108,7 +108,7 @@ def _filled(entry: StageSection, kind: Workload, placement: Placement | None = N
 def _light_memory(node: Node, graph: Graph | None) -> str:
     """Memory of a light stage: enough for the model or arrays that it loads, if their size is known."""
     need = memory(node, graph, on_gpu=False) if graph is not None else None
-    estimated = math.ceil(ROOM * need.total / (1 << 30)) if need is not None else 0
+    estimated = math.ceil(MEMORY_MARGIN * need.total / (1 << 30)) if need is not None else 0
     return f"{max(LIGHT_GIB, estimated)}G"
 
 

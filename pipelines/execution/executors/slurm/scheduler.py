@@ -24,7 +24,7 @@ PATIENCE = 600.0
 PAUSE = 5.0
 ACCOUNTING_LAG_SECONDS = 10.0
 """How long accounting may take to record the end of a job."""
-SILENT = (
+NO_ANSWER = (
     "unable to contact slurm controller",
     "socket timed out",
     "connection refused",
@@ -86,14 +86,14 @@ class JobRecord(msgspec.Struct, frozen=True):
         return self.state.split()[0]
 
 
-def mark_of(run: Path) -> str:
+def comment_of(run: Path) -> str:
     """The comment of a run's jobs, which identifies them on the cluster."""
     return f"ratchet-{digest(str(run.resolve()))[:16]}"
 
 
 def queue(run: Path, patience: float = PATIENCE) -> list[Queued]:
     """The jobs of a run that have not ended."""
-    wanted = mark_of(run)
+    wanted = comment_of(run)
     lines = call("squeue", "--me", "--noheader", "--format=%k|%i|%F|%T|%r|%N|%j", patience=patience).splitlines()
     rows = [line.split("|", 6) for line in lines]
     return [
@@ -196,7 +196,9 @@ def call(*command: str, patience: float = PATIENCE) -> str:
 
     def ask() -> str:
         try:
-            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=_plain())
+            result = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=120, env=_environment()
+            )
         except FileNotFoundError as error:
             raise UserError(
                 f"{command[0]} is not on PATH: this machine does not belong to a Slurm cluster. Start from a login "
@@ -204,10 +206,10 @@ def call(*command: str, patience: float = PATIENCE) -> str:
             ) from error
         return result.stdout
 
-    return patiently(f"`{' '.join(command)}`", ask, patience)
+    return retry_until_answered(f"`{' '.join(command)}`", ask, patience)
 
 
-def patiently(what: str, act: Callable[[], str], patience: float = PATIENCE) -> str:
+def retry_until_answered(what: str, act: Callable[[], str], patience: float = PATIENCE) -> str:
     """Run a Slurm command, and repeat it as long as the scheduler does not answer.
 
     Raises:
@@ -223,13 +225,13 @@ def patiently(what: str, act: Callable[[], str], patience: float = PATIENCE) -> 
             message = (error.stderr.strip() or error.stdout.strip()).replace("\n", "; ")
         except FailedJobError as error:
             message = str(error).strip().replace("\n", "; ")
-        silent = "no answer" in message or any(text in message.lower() for text in SILENT)
-        if not silent or time.monotonic() > deadline:
+        unanswered = "no answer" in message or any(text in message.lower() for text in NO_ANSWER)
+        if not unanswered or time.monotonic() > deadline:
             raise SchedulerError(f"{what} failed: {message}")
         time.sleep(min(PAUSE, max(0.1, patience / 10)))
 
 
-def _plain() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     """This process's environment without variables that change the output of Slurm's commands."""
     formats = ("SQUEUE_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
     return {name: value for name, value in os.environ.items() if not name.startswith(formats)}

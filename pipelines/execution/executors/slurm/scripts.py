@@ -27,12 +27,12 @@ from pipelines.environments.paths import home
 from pipelines.execution.executors.slurm.resources import (
     Resources,
     device_hours,
-    finishing,
+    finalizing_resources,
     resources_of,
     submitit_parameters,
 )
-from pipelines.execution.executors.slurm.scheduler import mark_of
-from pipelines.execution.executors.slurm.task import Duty, start_again
+from pipelines.execution.executors.slurm.scheduler import comment_of
+from pipelines.execution.executors.slurm.task import Duty, restart_lines
 from pipelines.graph import Graph, Node
 from pipelines.text import echo
 
@@ -97,11 +97,11 @@ class PlannedJob:
         Args:
             exclude: the nodes outside the stage's pool.
         """
-        again = start_again(settings.retries, settings.backoff_seconds) if "finalize" in self.duties else ()
+        again = restart_lines(settings.retries, settings.backoff_seconds) if "finalize" in self.duties else ()
         parameters = submitit_parameters(
             self.resources,
             name=f"{run.name}/{stage}" + (" (finish)" if self.step == "finish" else ""),
-            comment=mark_of(run),
+            comment=comment_of(run),
             grace_seconds=settings.grace_seconds,
             dependency=",".join(dependency) or None,
             begin=pause,
@@ -121,7 +121,7 @@ def planned_jobs(node: Node, settings: ExecutorSection, graph: Graph, *, detache
     if work.executor != "slurm" or (detached and work.kind == "light"):
         return [PlannedJob(work, ("work", "finalize"))]
     later: tuple[Duty, ...] = (*(("publish",) if work.is_array else ()), *(("finalize",) if detached else ()))
-    return [PlannedJob(work, ("work",)), *([PlannedJob(finishing(settings), later)] if later else [])]
+    return [PlannedJob(work, ("work",)), *([PlannedJob(finalizing_resources(settings), later)] if later else [])]
 
 
 def write_dry_run(

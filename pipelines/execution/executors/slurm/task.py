@@ -9,11 +9,11 @@ from contracts.errors import RunStoppedError, UserError
 Duty = Literal["work", "publish", "finalize"]
 FAILED = 70
 """Exit code of a job whose stage has failed for good (EX_SOFTWARE)."""
-TRY_AGAIN = 75
+RETRIED = 75
 """Exit code of a job whose stage is retried by another job (EX_TEMPFAIL)."""
-FINALIZED = (0, UserError.exit_code, RunStoppedError.exit_code, FAILED, TRY_AGAIN)
+FINAL_EXIT_CODES = (0, UserError.exit_code, RunStoppedError.exit_code, FAILED, RETRIED)
 """Exit codes of a job that has finalized its stage. Any other is a transient failure of the job itself."""
-ENDED = "RATCHET_ENDED"
+EXIT_CODES = "RATCHET_ENDED"
 """Environment variable: exit codes of the processes of this job that ended before finalizing."""
 
 
@@ -37,7 +37,7 @@ class SlurmTask:
     limit."""
 
 
-def start_again(retries: int, pause: float) -> list[str]:
+def restart_lines(retries: int, pause: float) -> list[str]:
     """Lines of bash to run after the process of a job that finalizes a stage of a detached run.
 
     No other process looks after that stage, and if its job fails, Slurm cancels all jobs that depend on it. So if
@@ -49,9 +49,9 @@ def start_again(retries: int, pause: float) -> list[str]:
     """
     return [
         "code=$?",
-        f"case $code in {' | '.join(map(str, FINALIZED))}) exit $code ;; esac",
-        f'export {ENDED}="${{{ENDED}:-}} $code"',
-        f"codes=(${ENDED})",
+        f"case $code in {' | '.join(map(str, FINAL_EXIT_CODES))}) exit $code ;; esac",
+        f'export {EXIT_CODES}="${{{EXIT_CODES}:-}} $code"',
+        f"codes=(${EXIT_CODES})",
         f"if [ ${{#codes[@]}} -gt {retries} ]; then exit $code; fi",
         f"sleep {math.ceil(pause)}",
         'exec bash "$0"',
