@@ -79,7 +79,7 @@ class RunStages:
                 )
         if self.reward_model is not None and scorer == self.config.trained_scorer:
             fields["model"] = self.reward_model
-        if section.places_rewards and "tokenizer" not in fields:
+        if section.locates_tokens and "tokenizer" not in fields:
             fields["tokenizer"] = self.resolve(self.config.policy)  # it does not change
         if section.renders:
             fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))

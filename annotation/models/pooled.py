@@ -21,7 +21,7 @@ from annotation.models.reward_model import RewardModel, own_rewards
 from annotation.samples import Sample
 from annotation.scorers.base import ModelSettings
 from annotation.scorers.pairwise import PairwiseConfig
-from annotation.scorers.pooling import LEAST_CACHE, MOST_SEQUENCES, PooledSettings, cache_bytes
+from annotation.scorers.pooling import MAX_SEQUENCES, MIN_CACHE, PooledSettings, cache_bytes
 from annotation.scorers.reward_model import RewardModelConfig
 from contracts.architectures import context_switch, text_settings
 from contracts.attempt import beat
@@ -260,9 +260,9 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
         "runner": "pooling",
         "convert": "classify",
         "dtype": dtype,
-        "max_num_seqs": MOST_SEQUENCES,
+        "max_num_seqs": MAX_SEQUENCES,
         "max_num_batched_tokens": config.batch_tokens,
-        "kv_cache_memory_bytes": cache_bytes(size, most, config.batch_tokens, number) if most else LEAST_CACHE,
+        "kv_cache_memory_bytes": cache_bytes(size, most, config.batch_tokens, number) if most else MIN_CACHE,
         "seed": 0,
         "use_tqdm_on_load": False,
     }
@@ -273,7 +273,7 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
     if not torch.cuda.is_available():
         arguments["enforce_eager"] = True
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(CPU_STEP, most, MOST_SEQUENCES)
+        arguments["max_num_batched_tokens"] = max(CPU_STEP, most, MAX_SEQUENCES)
     return arguments | config.engine_args
 
 

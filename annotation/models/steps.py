@@ -178,7 +178,7 @@ def tokens_found(config: ProcessRewardSettings) -> Finding:
     if config.loaded_as() == "causal":
         bad, good = map(repr, chat.chat.tokenizer.convert_ids_to_tokens([*chat.label_ids]))
         labels = f", by its probabilities of {good} and {bad}"
-    return Finding("ok", f"{config.model}: steps are judged {where}{labels}")
+    return Finding("ok", f"{config.model}: steps are scored {where}{labels}")
 
 
 class PolicyTokens:

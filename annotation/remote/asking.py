@@ -13,7 +13,7 @@ from annotation.remote.spending import Spending
 from annotation.remote.templates import RUBRIC, Question
 from annotation.samples import Sample
 from annotation.scorers.base import Opening
-from annotation.scorers.remote import MOST_VOTES, JudgeSettings
+from annotation.scorers.remote import MAX_VOTES, JudgeSettings
 from contracts.attempt import report_within
 from contracts.errors import TransientError, UserError
 from contracts.faults import Fault, Tolerance
@@ -168,7 +168,7 @@ class Asker:
         """The number and text of a vote. A reply without a number is requested again, up to `asks` times in all; then
         the last reply is returned."""
         for ask in range(self.config.asks):
-            said = await self._say(inquiry, vote + MOST_VOTES * ask)
+            said = await self._say(inquiry, vote + MAX_VOTES * ask)
             self.counts["answers"] += 1
             value = self.reading(said)
             if value is not None:

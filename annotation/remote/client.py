@@ -27,7 +27,7 @@ LONGEST_WAIT = 600.0
 """Longest Retry-After that is waited for, in seconds; if a server asks for more, the request fails."""
 LOOK_SECONDS = 0.25
 """Interval at which waiting tasks check whether the stage is to stop, in seconds."""
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 """Maximum size of a reply."""
 SHOWN = 200
 """Maximum characters of a reply in a message."""
@@ -158,8 +158,8 @@ class Client:
                     received = bytearray()
                     async for part in reply.aiter_bytes():
                         received += part
-                        if len(received) > MOST_BYTES:
-                            raise BadReplyError(f"{url} sent more than {MOST_BYTES >> 20} MiB.")
+                        if len(received) > MAX_BYTES:
+                            raise BadReplyError(f"{url} sent more than {MAX_BYTES >> 20} MiB.")
                     return reply.status_code, reply.headers, bytes(received)
         except TimeoutError as error:
             raise TransientError(f"{url} has not replied in timeout={self.timeout:g} s.") from error

@@ -16,9 +16,9 @@ from annotation.samples import Sample
 from annotation.scorers.base import Opening
 from annotation.scorers.http import HttpSettings
 from annotation.workers.journal import ShardJournals
-from annotation.workers.pool import Judgement
-from annotation.workers.rule import in_words, result_of
-from annotation.workers.worker import Failed, GivenAnswer, answer_of
+from annotation.workers.pool import FunctionResult
+from annotation.workers.rule import describe, score_record
+from annotation.workers.worker import AnswerInput, Failed, convert_result
 from contracts.errors import TransientError, UserError
 from contracts.faults import Fault, Tolerance
 from contracts.records import Score
@@ -51,10 +51,10 @@ class RewardService:
             self._require_same(samples, [batch for batch in batches if batch.start < self.config.judge_twice], results)
         self.counts = {"requests_repeated": self.client.retried}
         self.client.retried = 0
-        return [result_of(sample, results[index]) for index, sample in enumerate(samples)]
+        return [score_record(sample, results[index]) for index, sample in enumerate(samples)]
 
     def _ask(
-        self, samples: Sequence[Sample], batches: Sequence[range], note: Callable[[dict[int, Judgement]], None]
+        self, samples: Sequence[Sample], batches: Sequence[range], note: Callable[[dict[int, FunctionResult]], None]
     ) -> None:
         async def send(number: int) -> None:
             await self._send(samples, batches[number], note)
@@ -62,7 +62,7 @@ class RewardService:
         work(self.client, len(batches), send, self.config.concurrency)
 
     async def _send(
-        self, samples: Sequence[Sample], batch: range, note: Callable[[dict[int, Judgement]], None]
+        self, samples: Sequence[Sample], batch: range, note: Callable[[dict[int, FunctionResult]], None]
     ) -> None:
         """Score a batch. If the service fails on it, send its halves, so that only the samples that cause it fail."""
         asked = [samples[index] for index in batch]
@@ -78,10 +78,10 @@ class RewardService:
                 return
             note({index: Fault(type(error)(f"{self._named(samples[index])}: {error}")) for index in batch})
             return
-        note({index: self._judgement(samples[index], value) for index, value in zip(batch, said, strict=True)})
+        note({index: self._result(samples[index], value) for index, value in zip(batch, said, strict=True)})
 
-    def _judgement(self, sample: Sample, value: Any) -> Judgement:
-        found = answer_of(value, _given(sample), tokens=True)
+    def _result(self, sample: Sample, value: Any) -> FunctionResult:
+        found = convert_result(value, _given(sample), tokens=True)
         if isinstance(found, Failed):
             return Fault(UserError(f"service {self.config.service!r} {found.before} {sample}{found.after}"))
         assert found is not True
@@ -90,26 +90,29 @@ class RewardService:
     def _named(self, sample: Sample) -> str:
         return f"service {self.config.service!r} at {sample}"
 
-    def _require_same(self, samples: Sequence[Sample], batches: Sequence[range], results: dict[int, Judgement]) -> None:
+    def _require_same(
+        self, samples: Sequence[Sample], batches: Sequence[range], results: dict[int, FunctionResult]
+    ) -> None:
         """Send the first answers again.
 
         Raises:
             UserError: a score differs.
         """
-        again: dict[int, Judgement] = {}
+        again: dict[int, FunctionResult] = {}
         self._ask(samples, batches, again.update)
         for index, now in sorted(again.items()):
             before = results[index]
             if not isinstance(before, Fault) and not isinstance(now, Fault) and before != now:
                 raise UserError(
-                    f"service {self.config.service!r} judged {samples[index]} twice and differed: {in_words(before)}, "
-                    f"then {in_words(now)}. Take out what is random, or set judge_twice=0 if it may differ."
+                    f"service {self.config.service!r} scored {samples[index]} twice with different results: "
+                    f"{describe(before)}, then {describe(now)}. Remove what is random, or set judge_twice=0 if results "
+                    "may differ."
                 )
 
 
-def _given(sample: Sample) -> GivenAnswer:
+def _given(sample: Sample) -> AnswerInput:
     rollout, completion = sample
-    return GivenAnswer(
+    return AnswerInput(
         messages=[msgspec.to_builtins(message) for message in rollout.messages],
         response=completion.text,
         finish_reason=completion.finish_reason,

@@ -7,7 +7,7 @@ import msgspec
 
 from annotation.remote.answers import Said
 from annotation.samples import Sample
-from annotation.workers.journal import whole_lines
+from annotation.workers.journal import complete_lines
 from contracts.errors import UserError
 from contracts.files import process_name
 
@@ -26,7 +26,7 @@ class Spending:
         """`prices`: prices of a million prompt tokens and of a million completion tokens."""
         self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices
         self._path = state / PATTERN.replace("*", process_name())
-        self._paid: list[Entry] = list(whole_lines(state, PATTERN, Entry))
+        self._paid: list[Entry] = list(complete_lines(state, PATTERN, Entry))
         self.prompt_tokens = sum(entry[2] for entry in self._paid)
         self.completion_tokens = sum(entry[3] for entry in self._paid)
 

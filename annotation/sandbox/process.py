@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).with_name("program.py")
 UNCONFINED = 97
 """Exit code of the program if the kernel does not grant namespaces."""
 REPORT = 3
-MOST_OUTPUT = 1 << 20
+MAX_OUTPUT = 1 << 20
 """Maximum bytes of stdout, of stderr or of reports; a program that writes more is killed."""
 
 
@@ -132,7 +132,7 @@ def _listen(process: "subprocess.Popen[bytes]", output: dict[int, bytearray], de
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
             left = deadline - time.monotonic()
-            if left <= 0 or any(len(text) > MOST_OUTPUT for text in output.values()):
+            if left <= 0 or any(len(text) > MAX_OUTPUT for text in output.values()):
                 return False
             for key, _ in selector.select(min(left, 0.1)):
                 if part := os.read(key.fd, 1 << 16):
@@ -143,7 +143,7 @@ def _listen(process: "subprocess.Popen[bytes]", output: dict[int, bytearray], de
                 for descriptor in output:
                     os.set_blocking(descriptor, False)
                     with contextlib.suppress(BlockingIOError):  # nothing is left to read
-                        output[descriptor] += os.read(descriptor, MOST_OUTPUT)
+                        output[descriptor] += os.read(descriptor, MAX_OUTPUT)
                 return True
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, deadline - time.monotonic()))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from modeling.inspect import Renders
     from modeling.loading import LoadedAs
 
-FORMER_FIELDS = {
+LEGACY_FIELDS = {
     "function": None, "opponents": None, "dtype": "auto", "max_length": None, "missing_eos_penalty": None,
     "batch_tokens": 16384,
 }  # fmt: skip
@@ -38,7 +38,7 @@ CPU_TOKENS = 1024
 NO_ANSWER = "no_answer"
 """Reason in the drop ledger: the prompt has no `answer` to compare its completions with."""
 
-MOST_SHOWN = 300
+MAX_SHOWN = 300
 """Maximum length of a scorer's settings in a message, in characters."""
 ANSWER_FIX = (
     "Name the column that holds it where the prompts are imported (answer_column=COLUMN; in a run "
@@ -93,10 +93,10 @@ class ScorerSettings(Section):
     """Whether it always returns a reward for each token."""
     can_reward_tokens: ClassVar[bool] = False
     """Whether it may return a reward for each token."""
-    places_rewards: ClassVar[bool] = False
+    locates_tokens: ClassVar[bool] = False
     """Whether it maps positions in the text to the policy's tokens, which requires the policy's tokenizer."""
-    keyed_with_former_fields: ClassVar[bool] = False
-    """See `FORMER_FIELDS`."""
+    keyed_with_legacy_fields: ClassVar[bool] = False
+    """See `LEGACY_FIELDS`."""
 
     @property
     def runs_in(self) -> str:
@@ -169,12 +169,12 @@ class ScorerSettings(Section):
         Args:
             unread: description of a judge's reply from which no score could be read (`Scorer.unread`).
         """
-        return {NO_ANSWER: f"{self.needs_answer}, of which there is none. {ANSWER_FIX},"} if self.reads_answer else {}
+        return {NO_ANSWER: f"{self.needs_answer}, and there is none. {ANSWER_FIX},"} if self.reads_answer else {}
 
     @property
     def needs_answer(self) -> str:
         """The beginning of the message about prompts without an answer."""
-        return f"kind={self.kind} judges by the prompt's known `answer`"
+        return f"kind={self.kind} needs the prompt's known `answer`"
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
         """Check, in the scorer's environment and before a run begins, for everything that it would refuse."""
@@ -259,8 +259,8 @@ class WorkerSettings(RewardScorerSettings):
             for name, value in self.keywords.items()
             if name in fields and value != fields[name].get_default(call_default_factory=True)
         )
-        if len(shown) > MOST_SHOWN:
-            shown = f"{shown[:MOST_SHOWN]}..."
+        if len(shown) > MAX_SHOWN:
+            shown = f"{shown[:MAX_SHOWN]}..."
         return f"kind={self.kind}" + (f" ({shown})" if shown else "")
 
     @property
@@ -275,12 +275,12 @@ class WorkerSettings(RewardScorerSettings):
         return None
 
     @property
-    def at_once(self) -> int:
+    def samples_per_call(self) -> int:
         """Answers per call, if the function takes several."""
         return 1
 
     @property
-    def checked_twice(self) -> int:
+    def rechecked(self) -> int:
         """Number of answers per shard that are scored a second time, to check that the score is the same."""
         return 0
 
@@ -301,7 +301,7 @@ class ModelSettings(ScorerSettings):
     """Processes that share the shards, one device each."""
 
     workload: ClassVar[Workload] = "scoring"
-    keyed_with_former_fields: ClassVar[bool] = True
+    keyed_with_legacy_fields: ClassVar[bool] = True
     opened_by: ClassVar[str] = "annotation.models.loading:open_model"
     reader: ClassVar[str]
     """`module:class` of the scorer, called with the config and the maximum number of tokens of an input."""
@@ -415,9 +415,9 @@ class ScoreConfig(ScorerSettings, StageConfig):
         return CONFIGS if cls is ScoreConfig else {}
 
     def select(self, role: Role) -> dict[str, Any]:
-        """The fields of one role; for the stage key, with `FORMER_FIELDS` where the kind needs them."""
+        """The fields of one role; for the stage key, with `LEGACY_FIELDS` where the kind needs them."""
         chosen = super().select(role)
-        return {**FORMER_FIELDS, **chosen} if role is Role.IDENTITY and self.keyed_with_former_fields else chosen
+        return {**LEGACY_FIELDS, **chosen} if role is Role.IDENTITY and self.keyed_with_legacy_fields else chosen
 
 
 class ModelScoreConfig(ModelSettings, ScoreConfig):

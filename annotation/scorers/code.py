@@ -14,7 +14,7 @@ from contracts.errors import UserError
 from contracts.preflight import Finding, Inspected
 
 BLOCK = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-MOST_SHOWN = 500
+MAX_SHOWN = 500
 
 
 class CodeSettings(WorkerSettings):
@@ -158,7 +158,7 @@ def _lines(text: str) -> list[str]:
 
 def _ending(ran: Ran, tests: int = 0) -> str:
     """A description of how a program ended; an exit before all of its tests began is not "ok"."""
-    last = (ran.stderr.strip().splitlines() or [""])[-1][:MOST_SHOWN]
+    last = (ran.stderr.strip().splitlines() or [""])[-1][:MAX_SHOWN]
     if ran.code is None:
         return f"ended after {ran.seconds:.0f} s" if ran.seconds > 0.5 else "said too much"
     how = "ok" if ran.code == 0 else f"exit code {ran.code}" if ran.code < 128 else f"signal {ran.code - 128}"

@@ -72,7 +72,7 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
                     f"{key} has no {missing[0]!r}, which is in the expression. Set {key}.{missing[0]}=SCORES."
                 )
         if self.pairs is not None:
-            raise ValueError("kind=combined judges all answers, not only those in pairs: leave pairs out.")
+            raise ValueError("kind=combined scores all answers, not only those in pairs: leave pairs out.")
         return self
 
     def facts_of(self, rollouts: Artifact) -> dict[str, Any]:

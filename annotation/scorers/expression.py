@@ -132,8 +132,8 @@ class Expression:
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            said = error.msg if isinstance(error, SyntaxError) else str(error)
-            raise ValueError(f"no expression: {said}.") from error
+            problem = error.msg if isinstance(error, SyntaxError) else str(error)
+            raise ValueError(f"not an expression: {problem}.") from error
         self.text = text
         self._tree = tree
         self.names: dict[str, tuple[str, str | None]] = {}
@@ -142,11 +142,11 @@ class Expression:
         """Scorers whose published scores it needs, for `standard`."""
         self._check(tree, 0)
         if not self.names:
-            raise ValueError("no scorer's name in it, so every answer would be judged by its length alone at best.")
+            raise ValueError("it names no scorer, so every answer would be scored by its length alone at best.")
 
     def _check(self, node: ast.expr, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} operations within each other.")
+            raise ValueError(f"operations are nested more than {MAX_DEPTH} levels deep.")
         match node:
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 if (isinstance(value, int) and abs(value) > 1 << 1000) or not math.isfinite(value):
@@ -249,7 +249,7 @@ class Expression:
         match found := innermost(self._tree):
             case ast.BinOp(op=ast.Div(), right=right) if value(right) == 0:
                 return f"{ast.unparse(found)} divides by {ast.unparse(right)}, which is 0"
-        return f"{ast.unparse(found)} is no finite number"
+        return f"{ast.unparse(found)} is not a finite number"
 
     def _column(
         self, node: ast.expr, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], size: int

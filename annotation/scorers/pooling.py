@@ -31,11 +31,11 @@ OURS = {
     "seed": "nothing is drawn",
 }
 """Engine arguments that the user cannot set, with the reason."""
-MOST_SEQUENCES = 256
+MAX_SEQUENCES = 256
 """Maximum number of sequences that vLLM computes at a time."""
 BLOCK = 128
 """Tokens per block of vLLM's KV cache on a CPU; on other devices blocks are smaller."""
-LEAST_CACHE = 64 << 20
+MIN_CACHE = 64 << 20
 """Minimum size of vLLM's KV cache, in bytes."""
 
 
@@ -101,5 +101,5 @@ def cache_bytes(size: Size, longest: int, batch_tokens: int, number: int) -> int
     Args:
         number: bytes per number.
     """
-    tokens = max(longest, batch_tokens) + MOST_SEQUENCES * BLOCK
-    return max(LEAST_CACHE, size.cache_elements * number * tokens)
+    tokens = max(longest, batch_tokens) + MAX_SEQUENCES * BLOCK
+    return max(MIN_CACHE, size.cache_elements * number * tokens)

@@ -72,16 +72,16 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
 
     reader: ClassVar[str] = "annotation.models.process_reward:ProcessRewardModel"
     checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (_require_steps, ModelInfo.require_chat_template)
-    keyed_with_former_fields: ClassVar[bool] = False
+    keyed_with_legacy_fields: ClassVar[bool] = False
     rewards_tokens: ClassVar[bool] = True
     can_reward_tokens: ClassVar[bool] = True
-    places_rewards: ClassVar[bool] = True
+    locates_tokens: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:
         if (self.layout == "marker") != (self.marker is not None):
             raise ValueError(
-                "layout=marker, and only it, needs marker=TOKEN, at which the model was trained to judge a step: "
+                "layout=marker, and only it, needs marker=TOKEN, at which the model was trained to score a step: "
                 "<extra_0> for Qwen2.5-Math-PRM; docs/scorers.md has others."
             )
         try:

@@ -13,7 +13,7 @@ from contracts.config import identity, input_path, runtime
 from contracts.declaration import load
 from contracts.preflight import Finding, Inspected
 
-MOST_VOTES = 1000
+MAX_VOTES = 1000
 NO_JUDGEMENT = "no_judgement"
 """Reason in the drop ledger: no score could be read from the judge's replies."""
 COMPLETIONS = "/chat/completions"
@@ -84,7 +84,7 @@ class JudgeSettings(RemoteSettings):
     """Seed of the first vote; each further request of the same question has another."""
     request: dict[str, Any] = identity({})
     """Further keys of the request body, such as {reasoning_effort: low, response_format: {type: json_object}}."""
-    votes: int = identity(1, ge=1, le=MOST_VOTES)
+    votes: int = identity(1, ge=1, le=MAX_VOTES)
     """Votes per question; the score is their mean."""
     asks: int = identity(3, ge=1, le=100)
     """How often the same vote is requested, until the reply has a judgement."""

@@ -34,7 +34,7 @@ class RuleSettings(WorkerSettings):
 
     calls: ClassVar[str] = ""
     can_reward_tokens: ClassVar[bool] = True
-    keyed_with_former_fields: ClassVar[bool] = True
+    keyed_with_legacy_fields: ClassVar[bool] = True
 
     @property
     def called(self) -> str:
@@ -57,12 +57,12 @@ class RuleSettings(WorkerSettings):
         return self.inputs
 
     @property
-    def at_once(self) -> int:
+    def samples_per_call(self) -> int:
         """Answers per call, if the function takes several."""
         return self.batch
 
     @property
-    def checked_twice(self) -> int:
+    def rechecked(self) -> int:
         """Number of answers per shard that are scored a second time."""
         return self.judge_twice
 

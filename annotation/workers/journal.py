@@ -15,17 +15,17 @@ from typing import Any
 import msgspec
 
 from annotation.samples import Sample
-from annotation.workers.pool import Judgement, Note
-from annotation.workers.worker import TokenRewards, Told
+from annotation.workers.pool import FunctionResult, Note
+from annotation.workers.worker import DetailedScore, TokenRewards
 from contracts.attempt import report_within
 from contracts.errors import UserError
 from contracts.faults import Fault, Tolerance
 from contracts.files import process_name
 
-WORTH_SECONDS = 0.5
+CHEAP_SECONDS = 0.5
 """When the stage ends with a user's mistake, a journal that took less time than this to fill is deleted."""
 
-Known = float | TokenRewards | Told | None
+Known = float | TokenRewards | DetailedScore | None
 Entry = tuple[int, Known]
 """The sample's index in its shard, and its score; None: the function cannot score it."""
 
@@ -41,23 +41,23 @@ class Journal:
 
     def known(self) -> dict[int, Known]:
         """Scores by sample index that this process or an earlier one has journaled."""
-        return dict(whole_lines(self._state, f"{self._name}-*.jsonl", Entry))
+        return dict(complete_lines(self._state, f"{self._name}-*.jsonl", Entry))
 
-    def add(self, judgements: Mapping[int, Known]) -> None:
+    def add(self, scores: Mapping[int, Known]) -> None:
         """Append scores to the file; from then on they survive this process."""
-        if judgements:
+        if scores:
             with self._path.open("ab") as file:
-                file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in judgements.items()))
+                file.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in scores.items()))
             self._added = time.monotonic()
 
-    def forget(self) -> None:
+    def delete(self) -> None:
         """Delete this process's file, when its shard is finished."""
         self._path.unlink(missing_ok=True)
 
-    def forget_cheap(self) -> None:
+    def delete_if_cheap(self) -> None:
         """Delete this process's file if its scores are quick to recompute."""
-        if self._added - self._began < WORTH_SECONDS:
-            self.forget()
+        if self._added - self._began < CHEAP_SECONDS:
+            self.delete()
 
 
 class ShardJournals:
@@ -68,7 +68,7 @@ class ShardJournals:
         self._last: Journal | None = None
 
     @contextlib.contextmanager
-    def of(self, samples: Sequence[Sample]) -> Iterator[tuple[dict[int, Judgement], Note]]:
+    def of(self, samples: Sequence[Sample]) -> Iterator[tuple[dict[int, FunctionResult], Note]]:
         """Open a shard's journal, and delete that of the previous shard, which is finished.
 
         Yields the known scores by sample index, and a function that adds new ones and journals them.
@@ -77,11 +77,11 @@ class ShardJournals:
             UserError, TransientError: more samples have failed than are tolerated.
         """
         if self._last is not None:
-            self._last.forget()
+            self._last.delete()
         self._last = journal = Journal(self._state, samples)
-        results: dict[int, Judgement] = dict(journal.known())
+        results: dict[int, FunctionResult] = dict(journal.known())
 
-        def note(found: dict[int, Judgement]) -> None:
+        def note(found: dict[int, FunctionResult]) -> None:
             journal.add({index: value for index, value in found.items() if not isinstance(value, Fault)})
             results.update(found)
             report_within(len(results), len(samples), "samples")
@@ -92,11 +92,11 @@ class ShardJournals:
         try:
             yield results, note
         except UserError:
-            journal.forget_cheap()
+            journal.delete_if_cheap()
             raise
 
 
-def whole_lines(folder: Path, pattern: str, kind: Any) -> Iterator[Any]:
+def complete_lines(folder: Path, pattern: str, kind: Any) -> Iterator[Any]:
     """The decoded lines of all JSONL files in `folder` that match `pattern`, except lines that a kill has truncated."""
     decoder = msgspec.json.Decoder(kind)
     for path in sorted(folder.glob(pattern)):

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from annotation.samples import Sample
-from annotation.workers.process import LOOK_SECONDS, FunctionProcess
-from annotation.workers.worker import Answer, Failed, RuleTask, TokenRewards, Told
+from annotation.workers.process import POLL_SECONDS, FunctionProcess
+from annotation.workers.worker import DetailedScore, Failed, RuleTask, TokenRewards, WorkerReply
 from contracts import stopping
 from contracts.attempt import STALL, beat
 from contracts.errors import UserError
 from contracts.faults import Fault
 
-NAP_SECONDS = 0.002
+PAUSE_SECONDS = 0.002
 """Pause before reading the results of a worker that has many samples, so that several are read at once."""
 
-Judgement = float | TokenRewards | Told | None | Fault
+FunctionResult = float | TokenRewards | DetailedScore | None | Fault
 """A function's result for a sample: a score; None: it cannot score the sample; or the failure."""
-Note = Callable[[dict[int, Judgement]], None]
+Note = Callable[[dict[int, FunctionResult]], None]
 """Callback for new results, by sample index, called as soon as they arrive."""
 
 
@@ -83,10 +83,10 @@ class FunctionPool:
         weakref.finalize(self, _end_all, self.running)
         self._start()
         while not self.running[0].ready:
-            self._look([], deque(), _ignore)
+            self._poll([], deque(), _ignore)
         self.takes_many = self.running[0].takes_many
 
-    def judge(self, samples: Sequence[Sample], note: Note) -> None:
+    def score(self, samples: Sequence[Sample], note: Note) -> None:
         """Score all samples, in any order, and pass the results to `note`.
 
         If the stage is asked to stop, it exits once the samples that workers already have are scored.
@@ -94,19 +94,19 @@ class FunctionPool:
         todo = deque(range(len(samples)))
         while any(process.pending for process in self.running) or (todo and not stopping.requested()):
             if todo and not stopping.requested():
-                self._hand_over(samples, todo)
-            self._look(samples, todo, note)
+                self._assign(samples, todo)
+            self._poll(samples, todo, note)
         if todo:
             stopping.leave()
 
-    def _hand_over(self, samples: Sequence[Sample], todo: deque[int]) -> None:
+    def _assign(self, samples: Sequence[Sample], todo: deque[int]) -> None:
         """Send samples to every idle worker, and start missing workers."""
         for process in [process for process in self.running if not process.busy]:
             if process.has_ended():  # it was idle, so no sample is to blame
                 process.kill()
                 self.running.remove(process)
             elif todo:
-                process.hand_over(samples, todo, self.batch)
+                process.send_samples(samples, todo, self.batch)
         for _ in range(
             min(math.ceil(len(todo) / (self.batch if self.takes_many else 1)), self.count - len(self.running))
         ):
@@ -115,42 +115,42 @@ class FunctionPool:
     def _start(self) -> None:
         self.running.append(FunctionProcess(self.task))
 
-    def _look(self, samples: Sequence[Sample], todo: deque[int], note: Note) -> None:
+    def _poll(self, samples: Sequence[Sample], todo: deque[int], note: Note) -> None:
         """Wait until a worker answers, exits or exceeds its time limit."""
         busy = [process for process in self.running if process.busy]
-        if any(process.many for process in busy):
-            time.sleep(NAP_SECONDS)
-        select.select(busy, [], [], LOOK_SECONDS)
+        if any(process.has_many_pending for process in busy):
+            time.sleep(PAUSE_SECONDS)
+        select.select(busy, [], [], POLL_SECONDS)
         beat()
         for process in busy:
             ended = process.has_ended()  # checked first, so that results sent before its end are still read
-            found: dict[int, Judgement] = {}
-            for answer in process.answers():
-                self._take(process, answer, samples, todo, found)
+            found: dict[int, FunctionResult] = {}
+            for answer in process.receive():
+                self._handle_reply(process, answer, samples, todo, found)
             note(found)
             limit = self.load_limit
             if process.ready:
                 limit = self.limit and self.limit * (len(process.pending) if process.takes_many else 1)
             if ended:
-                self._bury(process, samples, todo, note)
+                self._remove(process, samples, todo, note)
             elif process.busy and limit is not None and process.waited > limit:
                 process.show_traceback()
-                self._bury(process, samples, todo, note, late=limit)
+                self._remove(process, samples, todo, note, late=limit)
 
-    def _take(
+    def _handle_reply(
         self,
         process: FunctionProcess,
-        answer: Answer,
+        answer: WorkerReply,
         samples: Sequence[Sample],
         todo: deque[int],
-        found: dict[int, Judgement],
+        found: dict[int, FunctionResult],
     ) -> None:
         if not process.ready:
             if isinstance(answer, Failed):
                 raise UserError(answer.before)
             process.ready, process.takes_many = True, answer is True
         elif answer is True:
-            process.adapt(todo, given_back=True)
+            process.adapt(todo, returned=True)
         else:
             index = process.pending.popleft()
             if isinstance(answer, Failed):
@@ -159,9 +159,9 @@ class FunctionPool:
             else:
                 found[index] = answer
             if not process.pending and not process.takes_many:
-                process.adapt(todo, given_back=False)
+                process.adapt(todo, returned=False)
 
-    def _bury(
+    def _remove(
         self,
         process: FunctionProcess,
         samples: Sequence[Sample],
@@ -173,7 +173,7 @@ class FunctionPool:
         process.kill()
         self.running.remove(process)
         if late is None:
-            time.sleep(2 * LOOK_SECONDS)  # if all processes of the job are being killed, this one's signal may follow
+            time.sleep(2 * POLL_SECONDS)  # if all processes of the job are being killed, this one's signal may follow
             if stopping.requested():
                 stopping.leave()
         what = self.title
@@ -184,7 +184,7 @@ class FunctionPool:
                     "executor.stall_seconds."
                 )
             raise UserError(
-                f"{what} ended the process that imports it: {process.how_it_ended()}. Fix what runs on import."
+                f"{what} ended the process that imports it: {process.exit_reason()}. Fix what runs on import."
             )
         if not process.pending:  # it ended when its samples were done; another worker is started if needed
             return
@@ -195,13 +195,13 @@ class FunctionPool:
         )
         if late is not None:
             text = (
-                f"{what} has not judged {which} after {late:g} s, and was ended; the log shows where it "
+                f"{what} has not scored {which} after {late:g} s, and was killed; the log shows where it "
                 "stood. Fix it, let it take longer (seconds_per_sample), or let a share of the samples fail "
                 "(fail_on_error)."
             )
         else:
             text = (
-                f"{what} ended its process on {which}: {process.how_it_ended()}. Fix it, or let a share of the "
+                f"{what} ended its process on {which}: {process.exit_reason()}. Fix it, or let a share of the "
                 "samples fail (fail_on_error)."
             )
         if not process.takes_many:
@@ -209,7 +209,7 @@ class FunctionPool:
         note({place: Fault(UserError(text)) for place in together})
 
 
-def _ignore(found: dict[int, Judgement]) -> None:
+def _ignore(found: dict[int, FunctionResult]) -> None:
     pass
 
 

@@ -14,16 +14,16 @@ from typing import TextIO
 import msgspec
 
 from annotation.samples import Sample
-from annotation.workers.worker import Answer, RuleTask
+from annotation.workers.worker import RuleTask, WorkerReply
 from contracts import stopping
 from contracts.errors import TransientError
 
-BUNCH_SECONDS = 0.1
+BATCH_SECONDS = 0.1
 """Target duration of one batch of samples, in seconds."""
-LARGEST_BUNCH = 4096
-LOOK_SECONDS = 0.2
+MAX_BATCH = 4096
+POLL_SECONDS = 0.2
 """Interval at which a silent worker is checked, in seconds."""
-LEAVE_SECONDS = 5.0
+EXIT_SECONDS = 5.0
 """Time limit for a worker to exit when all samples are scored, as it may have something to save."""
 
 
@@ -39,13 +39,13 @@ class FunctionProcess:
         """Whether the function takes a whole batch; the worker reports this when it is ready."""
         self.waited = 0.0
         """Seconds since the last result, not counting time in which this process itself was suspended."""
-        self._bunch = 1
-        self._handed = 0
+        self._batch_size = 1
+        self._sent = 0
         self._began = 0.0
         self._buffer = b""
-        self._silenced = False
-        self._alive_when_silenced = False
-        self._looked = time.monotonic()
+        self._disconnected = False
+        self._alive_when_disconnected = False
+        self._last_poll = time.monotonic()
         ours, theirs = socket.socketpair()
         # The worker gets this process's sys.path instead of its working directory, as a user's files may be named like
         # libraries.
@@ -64,57 +64,57 @@ class FunctionProcess:
         """File descriptor of the connection, for `select`."""
         return self.connection.fileno()
 
-    def hand_over(self, samples: Sequence[Sample], todo: deque[int], batch: int) -> None:
+    def send_samples(self, samples: Sequence[Sample], todo: deque[int], batch: int) -> None:
         """Send the next samples: `batch` of them if the function takes a whole batch, or else an adaptive number."""
-        count = min(batch if self.takes_many else self._bunch, len(todo))
+        count = min(batch if self.takes_many else self._batch_size, len(todo))
         self.pending.extend(todo.popleft() for _ in range(count))
-        self._handed, self._began, self.waited = count, time.monotonic(), 0.0
-        self._looked = self._began
+        self._sent, self._began, self.waited = count, time.monotonic(), 0.0
+        self._last_poll = self._began
         self._send([_request(samples[index]) for index in self.pending])
 
     def _send(self, message: object) -> None:
         with contextlib.suppress(OSError):  # it has ended, which `has_ended` will find
             self.connection.sendall(msgspec.json.encode(message) + b"\n")
 
-    def answers(self) -> list[Answer]:
+    def receive(self) -> list[WorkerReply]:
         """The results that have arrived; if there are any, the worker's time limit starts anew."""
         now = time.monotonic()
-        self.waited += min(now - self._looked, 5 * LOOK_SECONDS)
-        self._looked = now
+        self.waited += min(now - self._last_poll, 5 * POLL_SECONDS)
+        self._last_poll = now
         received = []
         try:
             while part := self.connection.recv(1 << 18, socket.MSG_DONTWAIT):
                 received.append(part)
-            self._silenced = True
+            self._disconnected = True
         except BlockingIOError:
             pass
         except ConnectionResetError:
-            self._silenced = True
+            self._disconnected = True
         whole, newline, rest = b"".join([self._buffer, *received]).rpartition(b"\n")
         self._buffer = rest
         if not newline:
             return []
         self.waited = 0.0
-        return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[Answer])
+        return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[WorkerReply])
 
     def has_ended(self) -> bool:
         """Whether the worker has closed its connection."""
-        if self._silenced and self.process.poll() is None:
+        if self._disconnected and self.process.poll() is None:
             try:
                 self.process.wait(1.0)
             except subprocess.TimeoutExpired:
-                self._alive_when_silenced = True
-        return self._silenced or self.process.poll() is not None
+                self._alive_when_disconnected = True
+        return self._disconnected or self.process.poll() is not None
 
-    def adapt(self, todo: deque[int], *, given_back: bool) -> None:
+    def adapt(self, todo: deque[int], *, returned: bool) -> None:
         """Queue the samples again that it has not started, and adapt the size of its next batch."""
-        done = self._handed - len(self.pending)
+        done = self._sent - len(self.pending)
         todo.extendleft(reversed(self.pending))
         self.pending.clear()
-        if given_back:
-            self._bunch = max(1, done)
-        elif time.monotonic() - self._began < BUNCH_SECONDS / 2:
-            self._bunch = min(4 * self._handed, LARGEST_BUNCH)
+        if returned:
+            self._batch_size = max(1, done)
+        elif time.monotonic() - self._began < BATCH_SECONDS / 2:
+            self._batch_size = min(4 * self._sent, MAX_BATCH)
 
     @property
     def busy(self) -> bool:
@@ -122,7 +122,7 @@ class FunctionProcess:
         return not self.ready or bool(self.pending)
 
     @property
-    def many(self) -> bool:
+    def has_many_pending(self) -> bool:
         """Whether it has so many samples that their results are better read several at once."""
         return len(self.pending) > 32
 
@@ -136,23 +136,23 @@ class FunctionProcess:
     def show_traceback(self) -> None:
         """Make it write a stack dump to the log."""
         self.process.send_signal(signal.SIGQUIT)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
     def wait(self) -> None:
         """Let it exit, after its connection was closed; kill it if it is scoring a sample or does not exit in time."""
         if not self.busy:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(LEAVE_SECONDS)
+                self.process.wait(EXIT_SECONDS)
         self.kill()
 
-    def how_it_ended(self) -> str:
+    def exit_reason(self) -> str:
         """A description of how it ended.
 
         Raises:
             TransientError: a preemption signal ended it.
         """
         code = self.process.returncode
-        if self._silenced and self._alive_when_silenced:
+        if self._disconnected and self._alive_when_disconnected:
             return "it closed the connection to the stage"
         if code in [-number for number in stopping.SIGNALS]:
             raise TransientError(f"the process of function {self.path!r} was ended by {signal.Signals(-code).name}.")

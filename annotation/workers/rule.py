@@ -10,8 +10,8 @@ import msgspec
 from annotation.samples import Sample
 from annotation.scorers.base import NO_ANSWER, Opening, WorkerSettings
 from annotation.workers.journal import ShardJournals
-from annotation.workers.pool import FunctionPool, Judgement, LateError, stall_seconds
-from annotation.workers.worker import TokenRewards, Told
+from annotation.workers.pool import FunctionPool, FunctionResult, LateError, stall_seconds
+from annotation.workers.worker import DetailedScore, TokenRewards
 from contracts.errors import UserError
 from contracts.faults import Fault, Tolerance
 from contracts.records import Score
@@ -28,10 +28,10 @@ class Rule:
         limit = stall if config.seconds_per_sample is None else config.seconds_per_sample
         self.pool = FunctionPool(
             config.called, config.read, config.keywords, title=config.title,
-            count=config.replicas, batch=config.at_once, limit=limit, load_limit=stall,
+            count=config.replicas, batch=config.samples_per_call, limit=limit, load_limit=stall,
         )  # fmt: skip
-        self.at_once = config.at_once if self.pool.takes_many else 1
-        self.checked_twice = config.checked_twice
+        self.samples_per_call = config.samples_per_call if self.pool.takes_many else 1
+        self.rechecked = config.rechecked
         self.journals = ShardJournals(opening.state, Tolerance(config.fail_on_error, opening.samples))
         self.reads_answer = config.reads_answer
         self.facts: dict[str, str] = {}
@@ -42,7 +42,7 @@ class Rule:
         prompt has none."""
         with self.journals.of(samples) as (results, note):
             left = [index for index in range(len(samples)) if not results.keys() >= self._batch_of(index, samples)]
-            self.pool.judge(
+            self.pool.score(
                 [samples[index] for index in left],
                 lambda found: note({left[place]: value for place, value in found.items()}),
             )
@@ -50,30 +50,30 @@ class Rule:
         return [
             NO_ANSWER
             if self.reads_answer and results[index] is None and not (sample.rollout.answer or "").strip()
-            else result_of(sample, results[index])
+            else score_record(sample, results[index])
             for index, sample in enumerate(samples)
         ]
 
     def _batch_of(self, index: int, samples: Sequence[Sample]) -> set[int]:
         """The samples that share a call with this one; batches are fixed, so that a kill does not change them."""
-        start = index - index % self.at_once
-        return set(range(start, min(start + self.at_once, len(samples))))
+        start = index - index % self.samples_per_call
+        return set(range(start, min(start + self.samples_per_call, len(samples))))
 
-    def _require_same(self, samples: Sequence[Sample], results: dict[int, Judgement]) -> None:
+    def _require_same(self, samples: Sequence[Sample], results: dict[int, FunctionResult]) -> None:
         """Score the first samples again.
 
         Raises:
             UserError: a score differs.
         """
-        count = min(self.checked_twice, len(samples))
-        again: dict[int, Judgement] = {}
-        self.pool.judge(samples[: math.ceil(count / self.at_once) * self.at_once], again.update)
+        count = min(self.rechecked, len(samples))
+        again: dict[int, FunctionResult] = {}
+        self.pool.score(samples[: math.ceil(count / self.samples_per_call) * self.samples_per_call], again.update)
         for index in range(count):
             before, now = results[index], again[index]
             if not isinstance(before, Fault) and not isinstance(now, Fault) and before != now:
                 raise UserError(
-                    f"{self.pool.title} judged {samples[index]} twice and differed: {in_words(before)}, "
-                    f"then {in_words(now)}. Take out what is random, or set judge_twice=0 if it may differ."
+                    f"{self.pool.title} scored {samples[index]} twice with different results: {describe(before)}, "
+                    f"then {describe(now)}. Remove what is random, or set judge_twice=0 if results may differ."
                 )
 
 
@@ -98,21 +98,21 @@ def _check(path: str, inputs: tuple[Path, ...] | None, settings: bytes, seconds:
     return None
 
 
-def in_words(judgement: Judgement) -> str:
+def describe(result: FunctionResult) -> str:
     """A result, for messages."""
-    if isinstance(judgement, Told):
-        return f"{in_words(judgement.score)} with {judgement.parts | judgement.extras}"
-    return str(judgement.rewards if isinstance(judgement, TokenRewards) else judgement)
+    if isinstance(result, DetailedScore):
+        return f"{describe(result.score)} with {result.parts | result.extras}"
+    return str(result.rewards if isinstance(result, TokenRewards) else result)
 
 
-def result_of(sample: Sample, judgement: Judgement) -> Score | str | Fault:
+def score_record(sample: Sample, result: FunctionResult) -> Score | str | Fault:
     """The score record of a result; "unscored" if it is None."""
-    if judgement is None:
+    if result is None:
         return "unscored"
-    if isinstance(judgement, Fault):
-        return judgement
-    told = judgement if isinstance(judgement, Told) else Told(judgement, {}, {})
-    if isinstance(told.score, TokenRewards):
-        rewards = tuple(told.score.rewards)
-        return sample.scored(math.fsum(rewards), parts=told.parts, extras=told.extras, token_rewards=rewards)
-    return sample.scored(told.score, parts=told.parts, extras=told.extras)
+    if isinstance(result, Fault):
+        return result
+    detailed = result if isinstance(result, DetailedScore) else DetailedScore(result, {}, {})
+    if isinstance(detailed.score, TokenRewards):
+        rewards = tuple(detailed.score.rewards)
+        return sample.scored(math.fsum(rewards), parts=detailed.parts, extras=detailed.extras, token_rewards=rewards)
+    return sample.scored(detailed.score, parts=detailed.parts, extras=detailed.extras)

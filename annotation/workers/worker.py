@@ -24,22 +24,22 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from annotation.workers.waiting import show_waiting
+from annotation.workers.coroutines import dump_coroutines
 from contracts.callables import load_callable, place_of
 from contracts.errors import UserError
 from contracts.processes import die_with_parent
 from contracts.stopping import SIGNALS
 
-GIVEN = ("messages", "response", "finish_reason", "answer")
+KEYWORDS = ("messages", "response", "finish_reason", "answer")
 """Keyword arguments of every function that scores one answer."""
-IF_NAMED = ("tags", "tools", "inputs", "response_ids")
+OPTIONAL_KEYWORDS = ("tags", "tools", "inputs", "response_ids")
 """Keyword arguments that are passed only if the function has parameters of these names."""
 BATCH = "samples"
 """Name of the parameter that makes a function a batched one."""
 SCORE = "score"
-HAND_BACK_SECONDS = 0.25
+RETURN_SECONDS = 0.25
 """Samples of a batch that are not started within this time are returned, for other workers to score."""
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 """Maximum size of the further results that are stored with a score, in bytes of JSON."""
 
 
@@ -67,7 +67,7 @@ class TokenRewards(msgspec.Struct, array_like=True, tag=True):
     rewards: list[float]
 
 
-class Told(msgspec.Struct, array_like=True, tag=True):
+class DetailedScore(msgspec.Struct, array_like=True, tag="Told"):  # the tag in journals of earlier versions
     """A score with the further results that were returned with it."""
 
     score: float | TokenRewards
@@ -75,7 +75,7 @@ class Told(msgspec.Struct, array_like=True, tag=True):
     extras: dict[str, Any]
 
 
-class GivenAnswer(msgspec.Struct, array_like=True):
+class AnswerInput(msgspec.Struct, array_like=True):
     """An answer, as passed to a batched function."""
 
     messages: list[dict[str, Any]]
@@ -89,7 +89,7 @@ class GivenAnswer(msgspec.Struct, array_like=True):
     sample: int
 
 
-Answer = float | TokenRewards | Told | None | bool | Failed
+WorkerReply = float | TokenRewards | DetailedScore | None | bool | Failed
 """A line that a worker sends: a score; None: the function cannot score the sample; True: the remaining samples are
 returned. The first line says whether the function takes a whole batch."""
 
@@ -105,7 +105,7 @@ def main(descriptor: int) -> NoReturn:
     _set_up_process()
     encoder = msgspec.json.Encoder()
 
-    def say(*answers: Answer) -> None:
+    def send(*answers: WorkerReply) -> None:
         if os.getpid() != me:  # the function forked, and the child returned
             os._exit(1)
         connection.sendall(b"".join(encoder.encode(answer) + b"\n" for answer in answers))
@@ -113,21 +113,21 @@ def main(descriptor: int) -> NoReturn:
     try:
         function = _load(task)
     except BaseException as error:
-        say(Failed(_import_failure(task.path, error), ""))
+        send(Failed(_import_failure(task.path, error), ""))
         sys.exit(0)
-    say(function.takes_many)
-    decoder = msgspec.json.Decoder(list[GivenAnswer])
+    send(function.takes_many)
+    decoder = msgspec.json.Decoder(list[AnswerInput])
     for line in lines:
         began = time.monotonic()
         given = decoder.decode(line)
         if function.takes_many:
-            say(*_judge_all(function, given))
+            send(*_score_batch(function, given))
             continue
         for one in given:
-            if time.monotonic() - began > HAND_BACK_SECONDS:
-                say(True)
+            if time.monotonic() - began > RETURN_SECONDS:
+                send(True)
                 break
-            say(_judge(function, one))
+            send(_score_one(function, one))
     sys.exit(0)
 
 
@@ -141,7 +141,7 @@ def _set_up_process() -> None:
         signal.signal(number, lambda number, frame: None)
     os.register_at_fork(after_in_child=_restore_signals)
     faulthandler.enable()
-    signal.signal(signal.SIGQUIT, show_waiting)
+    signal.signal(signal.SIGQUIT, dump_coroutines)
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the function's output goes to the log, and must not fail
@@ -154,7 +154,7 @@ def _restore_signals() -> None:
 
 
 @dataclass
-class Loaded:
+class LoadedFunction:
     """A loaded function, and how to call it."""
 
     function: Callable[..., Any]
@@ -162,7 +162,7 @@ class Loaded:
     by_batch: bool
     """Whether one call takes a whole batch."""
     named: frozenset[str]
-    """The keywords of `IF_NAMED` that it takes."""
+    """The keywords of `OPTIONAL_KEYWORDS` that it takes."""
     further: dict[str, Any]
     """Further keyword arguments of every call."""
     run: Callable[[Coroutine[Any, Any, Any]], Any]
@@ -172,13 +172,13 @@ class Loaded:
         """Whether it is given a whole batch: in one call, or in concurrent calls if it is async."""
         return self.by_batch or self.is_async
 
-    def keywords(self, one: GivenAnswer) -> dict[str, Any]:
+    def keywords(self, one: AnswerInput) -> dict[str, Any]:
         """The keyword arguments of a call with one answer."""
-        names = [*GIVEN, *(name for name in IF_NAMED if name in self.named and name not in self.further)]
+        names = [*KEYWORDS, *(name for name in OPTIONAL_KEYWORDS if name in self.named and name not in self.further)]
         return {name: getattr(one, name) for name in names} | self.further
 
 
-def _load(task: RuleTask) -> Loaded:
+def _load(task: RuleTask) -> LoadedFunction:
     """Load the function, or load the class and instantiate it with its settings.
 
     Raises:
@@ -221,27 +221,27 @@ def _callee(
     settings: dict[str, Any],
     inputs: dict[str, Any],
     run: Callable[[Coroutine[Any, Any, Any]], Any],
-) -> Loaded:
+) -> LoadedFunction:
     if inspect.isasyncgenfunction(function):
         raise UserError(f"{what} is an async generator; return its results instead.")
     method = inspect.getattr_static(type(function), "__call__", None)  # `function` may be a callable object
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(method)
     if signature is None:  # functions written in C may have none
-        return Loaded(function, is_async, False, frozenset(), settings, run)
+        return LoadedFunction(function, is_async, False, frozenset(), settings, run)
     names = signature.parameters
     by_batch = BATCH in names
-    named = frozenset(name for name in IF_NAMED if name in names and (not by_batch or name == "inputs"))
+    named = frozenset(name for name in OPTIONAL_KEYWORDS if name in names and (not by_batch or name == "inputs"))
     if "inputs" in named and not inputs:
         if names["inputs"].default is inspect.Parameter.empty:
             raise UserError(f"{what} takes inputs, but its scorer names none. Set inputs=[PATH, ...] to what it reads.")
         named -= {"inputs"}
-    given = [BATCH] if by_batch else list(GIVEN)
+    given = [BATCH] if by_batch else list(KEYWORDS)
     keywords = dict.fromkeys([*given, *named]) | settings
-    if taken := sorted(settings.keys() & {BATCH, *GIVEN, *IF_NAMED}):
+    if taken := sorted(settings.keys() & {BATCH, *KEYWORDS, *OPTIONAL_KEYWORDS}):
         raise UserError(f"{what}: settings has {taken[0]!r}, which every call is given. Choose another name.")
     _require_fits(task, what, signature, keywords, "called with the keywords")
     further = settings | (inputs if "inputs" in named else {})
-    return Loaded(function, is_async, by_batch, named, further, run)
+    return LoadedFunction(function, is_async, by_batch, named, further, run)
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -260,7 +260,7 @@ def _require_fits(
     except TypeError as error:
         name = task.path.rpartition(":")[2]
         advice = (
-            f"Write def {name}(*, {', '.join(GIVEN)}), or def {name}(*, response, **others), or for many answers at "
+            f"Write def {name}(*, {', '.join(KEYWORDS)}), or def {name}(*, response, **others), or for many answers at "
             f"once def {name}({BATCH})."
             if how.startswith("called")
             else "Write these into settings: {...} of the scorer, or give the parameters defaults."
@@ -279,66 +279,68 @@ def _import_failure(path: str, error: BaseException) -> str:
     )
 
 
-def _judge(loaded: Loaded, one: GivenAnswer) -> Answer:
+def _score_one(loaded: LoadedFunction, one: AnswerInput) -> WorkerReply:
     try:
-        return answer_of(loaded.function(**loaded.keywords(one)), one, tokens="response_ids" in loaded.named)
+        return convert_result(loaded.function(**loaded.keywords(one)), one, tokens="response_ids" in loaded.named)
     except BaseException as error:
         return _failure(error, "")
 
 
-def _judge_all(loaded: Loaded, given: list[GivenAnswer]) -> list[Answer]:
+def _score_batch(loaded: LoadedFunction, given: list[AnswerInput]) -> list[WorkerReply]:
     """The results of a batch that is scored together."""
-    of_many = f"a batch of {len(given)} answers with "
+    batch_prefix = f"a batch of {len(given)} answers with "
     try:
         if not loaded.by_batch:
             found: Any = loaded.run(_all_calls(loaded, given))
-            return [_result_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
+            return [_reply_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
         found = loaded.function(**{BATCH: given}, **loaded.further)
         if loaded.is_async:
             found = loaded.run(found)
     except BaseException as error:
-        return [_failure(error, of_many)] * len(given)
+        return [_failure(error, batch_prefix)] * len(given)
     if hasattr(found, "tolist"):  # a NumPy array or a tensor
         found = found.tolist()
     if not isinstance(found, list | tuple):
         return [
-            Failed(f"returned {found!a:.80} for {of_many[:-1]}", "; return a list with one result for each.")
+            Failed(f"returned {found!a:.80} for {batch_prefix[:-1]}", "; return a list with one result for each.")
         ] * len(given)
     if len(found) != len(given):
-        wrong = Failed(f"returned {len(found)} results for {of_many[:-1]}", "; return one for each, in their order.")
+        wrong = Failed(
+            f"returned {len(found)} results for {batch_prefix[:-1]}", "; return one for each, in their order."
+        )
         return [wrong] * len(given)
-    return [_result_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
+    return [_reply_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
 
 
-async def _all_calls(loaded: Loaded, given: list[GivenAnswer]) -> list[Any]:
+async def _all_calls(loaded: LoadedFunction, given: list[AnswerInput]) -> list[Any]:
     calls = [loaded.function(**loaded.keywords(one)) for one in given]
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-def _result_of(loaded: Loaded, one: GivenAnswer, value: Any) -> Answer:
+def _reply_of(loaded: LoadedFunction, one: AnswerInput, value: Any) -> WorkerReply:
     if isinstance(value, BaseException):
         return _failure(value, "")
     try:
-        return answer_of(value, one, tokens=loaded.by_batch or "response_ids" in loaded.named)
+        return convert_result(value, one, tokens=loaded.by_batch or "response_ids" in loaded.named)
     except BaseException as error:
         return _failure(error, "")
 
 
-def _failure(error: BaseException, of_many: str) -> Failed:
-    if isinstance(error, OverflowError) and not of_many:
+def _failure(error: BaseException, batch_prefix: str) -> Failed:
+    if isinstance(error, OverflowError) and not batch_prefix:
         return Failed("gave a number too large for a float for", f": {error}.")
     # A UserError of a built-in kind is about its inputs, so its place in the code is not shown.
-    said = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}{place_of(error)}."
-    return Failed(f"failed on {of_many}".rstrip(), f": {said}")
+    text = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}{place_of(error)}."
+    return Failed(f"failed on {batch_prefix}".rstrip(), f": {text}")
 
 
-def answer_of(value: Any, one: GivenAnswer, *, tokens: bool) -> Answer:
+def convert_result(value: Any, one: AnswerInput, *, tokens: bool) -> WorkerReply:
     """Check and convert a function's return value for an answer. With `tokens` it may be a list of token rewards."""
     if value is None:
         return None
     value = _plain(value)
     if isinstance(value, Mapping):
-        return _told(value, one, tokens=tokens)
+        return _detailed(value, one, tokens=tokens)
     if isinstance(value, Real):
         score = float(value)
         return score if math.isfinite(score) else Failed(f"gave {score} for", ". A score must be a finite number.")
@@ -348,20 +350,20 @@ def answer_of(value: Any, one: GivenAnswer, *, tokens: bool) -> Answer:
         with contextlib.suppress(Exception):
             value.close()  # type: ignore[attr-defined]
         return Failed("returned an awaitable for", "; write async def, or a plain def with asyncio.run(...) inside.")
-    return Failed(f"returned {value!a} for", "; return a number, or None where it cannot judge.")
+    return Failed(f"returned {value!a} for", "; return a number, or None if it cannot score the answer.")
 
 
-def _told(value: Mapping[Any, Any], one: GivenAnswer, *, tokens: bool) -> Answer:
+def _detailed(value: Mapping[Any, Any], one: AnswerInput, *, tokens: bool) -> WorkerReply:
     """Convert a returned mapping: numbers besides the score become parts, all other values extras."""
     if SCORE not in value:
         return Failed(
             f"returned a mapping without {SCORE!r} for", f"; it has {', '.join(map(repr, value)) or 'nothing'}."
         )
-    score = answer_of(value[SCORE], one, tokens=tokens) if not isinstance(value[SCORE], Mapping) else True
+    score = convert_result(value[SCORE], one, tokens=tokens) if not isinstance(value[SCORE], Mapping) else True
     if score is None or isinstance(score, Failed):
         return score
-    if isinstance(score, bool | Told):
-        return Failed("returned a mapping as score for", "; return a number, or None where it cannot judge.")
+    if isinstance(score, bool | DetailedScore):
+        return Failed("returned a mapping as score for", "; return a number, or None if it cannot score the answer.")
     parts: dict[str, float] = {}
     extras: dict[str, Any] = {}
     for name, given in value.items():
@@ -380,12 +382,12 @@ def _told(value: Mapping[Any, Any], one: GivenAnswer, *, tokens: bool) -> Answer
         size = len(msgspec.json.encode(extras))
     except (TypeError, ValueError, RecursionError) as error:
         return Failed("returned what cannot be written as JSON for", f": {_text(error)}.")
-    if size > MOST_BYTES:
-        return Failed(f"told {size} bytes beside the score for", f", more than the {MOST_BYTES} that are kept of one.")
-    return Told(score, parts, extras)
+    if size > MAX_BYTES:
+        return Failed(f"returned {size} bytes of further results for", f"; at most {MAX_BYTES} are stored per answer.")
+    return DetailedScore(score, parts, extras)
 
 
-def _token_rewards(values: Sequence[Any], tokens: int) -> Answer:
+def _token_rewards(values: Sequence[Any], tokens: int) -> WorkerReply:
     if len(values) != tokens:
         return Failed(f"returned {len(values)} numbers for", f", which has {tokens} response_ids; return one for each.")
     values = [_plain(value) for value in values]

@@ -62,7 +62,7 @@ def test_what_cannot_be_computed_is_no_number(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a +", "no expression"),
+        ("a +", "not an expression"),
         ("__import__('os')", "no function __import__"),
         ("a.b.c", "a.b.c is not allowed"),
         ("a.__class__()", "is not allowed"),
@@ -85,11 +85,11 @@ def test_what_cannot_be_computed_is_no_number(text: str) -> None:
         ("lower_bound(a)", "lower_bound takes 2 or more values, and is given 1"),
         ("standard(a + b)", "standard takes the name of a scorer alone"),
         ("tokens.x + a", "tokens has no parts"),
-        ("0.1 * tokens", "no scorer's name in it"),
-        ("-" * 60 + "a", "more than 50 operations within each other"),
-        ("(" * 900 + "a" + ")" * 900, "no expression|characters"),
+        ("0.1 * tokens", "it names no scorer"),
+        ("-" * 60 + "a", "nested more than 50 levels deep"),
+        ("(" * 900 + "a" + ")" * 900, "not an expression|characters"),
         ("a + " * 600 + "a", "characters; it may have 2000"),
-        ("a\x00", "no expression"),
+        ("a\x00", "not an expression"),
     ],
 )
 def test_what_is_no_expression_is_refused(text: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path, rollouts: Artifact, 
         tried("1 + (words / (brief - brief) if words > 0 else brief / 0)")
     assert "scorer 'reward', expression '1 + (words / (brief - brief) if" in str(told.value)
     assert "dtype" not in str(told.value)
-    with pytest.raises(UserError, match=r"for prompt \w+, sample 0, log\(brief - brief\) is no finite number"):
+    with pytest.raises(UserError, match=r"for prompt \w+, sample 0, log\(brief - brief\) is not a finite number"):
         tried("words * log(brief - brief)")
     others = publish_rollouts(tmp_path / "others", [make_rollout(9, ["good ."])])
     with pytest.raises(UserError, match="was made from other rollouts"):

@@ -213,7 +213,7 @@ def test_prompts_without_an_answer_are_told_as_such(tmp_path: Path, kind: str) -
     with pytest.raises(UserError) as caught:
         run_stage(SCORE, config)
     assert "2 samples in = 0 kept + 2 no_answer is more than max_dropped=0.1 allows" in str(caught.value)
-    assert f"kind={kind} judges by the prompt's known `answer`" in str(caught.value)
+    assert f"kind={kind} needs the prompt's known `answer`" in str(caught.value)
     assert "answer_column=COLUMN" in str(caught.value)
 
 
@@ -233,7 +233,7 @@ def test_a_regular_expression_without_end_is_ended(tmp_path: Path) -> None:
     assert made.manifest.ledger.dropped == {"failed": 1}
     assert [row.score for row in made.rows(Score)] == [0.0]
     (message,) = made.manifest.facts["failures"]
-    assert message.startswith(f"UserError: kind=regex (pattern={pattern}) has not judged prompt ")
+    assert message.startswith(f"UserError: kind=regex (pattern={pattern}) has not scored prompt ")
 
 
 def test_a_message_names_what_is_no_default() -> None:

@@ -19,7 +19,7 @@ from annotation.samples import Sample
 from annotation.scorers import score_config
 from annotation.stages.score import SCORE
 from annotation.workers.journal import Journal
-from annotation.workers.worker import Failed, GivenAnswer, TokenRewards, Told, answer_of
+from annotation.workers.worker import AnswerInput, DetailedScore, Failed, TokenRewards, convert_result
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.records import Rollout, Score
@@ -145,7 +145,7 @@ WRONG = {
     "return [1, {'score': 1, 'x': float('inf')}, 1]": r"gave inf as x for .*, sample 1. Numbers must be finite",
     "return [1, {'score': 1, 'a b': 1}, 1]": r"returned a value named 'a b' for .*, sample 1; names are",
     "return [1, {'score': 1, 'x': object()}, 1]": r"returned what cannot be written as JSON for .*, sample 1",
-    "return [1, {'score': 1, 'x': 'y' * 70000}, 1]": r"told 700.. bytes beside the score for .*, sample 1, more than",
+    "return [1, {'score': 1, 'x': 'y' * 70000}, 1]": r"returned 700.. bytes of further results for .*, sample 1; at",
     "return [1, {'score': {'score': 1}}, 1]": r"returned a mapping as score for .*, sample 1",
     "import os; os._exit(3)": r"ended its process on a batch of 3 answers with .*, sample 0: it left with exit code 3",
 }
@@ -159,17 +159,19 @@ def test_what_is_wrong_with_a_result_is_told(tmp_path: Path, answers: Artifact, 
 
 def test_numbers_of_arrays_are_numbers() -> None:
     """Those without dimensions, of whichever library; an array with one is none."""
-    one = GivenAnswer([], "", "stop", None, [], None, [5, 6], "p", 0)
+    one = AnswerInput([], "", "stop", None, [], None, [5, 6], "p", 0)
     for number in (numpy.float32(0.5), numpy.array(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.bfloat16)):
-        assert answer_of(number, one, tokens=False) == 0.5
-        assert answer_of({"score": number, "part": number}, one, tokens=False) == Told(0.5, {"part": 0.5}, {})
-        assert answer_of([number, 1], one, tokens=True) == TokenRewards([0.5, 1.0])
-    assert answer_of(numpy.bool_(True), one, tokens=False) == 1.0
+        assert convert_result(number, one, tokens=False) == 0.5
+        assert convert_result({"score": number, "part": number}, one, tokens=False) == DetailedScore(
+            0.5, {"part": 0.5}, {}
+        )
+        assert convert_result([number, 1], one, tokens=True) == TokenRewards([0.5, 1.0])
+    assert convert_result(numpy.bool_(True), one, tokens=False) == 1.0
     for wrong in (torch.tensor([0.5]), torch.tensor(1j), numpy.array("one")):
-        found = answer_of(wrong, one, tokens=False)
+        found = convert_result(wrong, one, tokens=False)
         assert isinstance(found, Failed)
         assert found.after.startswith("; return a number")
-    assert isinstance(answer_of(torch.tensor(float("nan")), one, tokens=False), Failed)
+    assert isinstance(convert_result(torch.tensor(float("nan")), one, tokens=False), Failed)
 
 
 def test_a_batch_that_fails_is_counted_as_a_whole(tmp_path: Path, answers: Artifact) -> None:
@@ -218,7 +220,9 @@ def test_settings_and_batch_enter_the_key_where_they_are_set(tmp_path: Path, ans
 
 def test_a_scorer_that_differs_between_calls_is_told(tmp_path: Path, answers: Artifact) -> None:
     text = "calls = 0\ndef judge(**others):\n    global calls\n    calls += 1\n    return {'score': calls, 'of': 2}"
-    found = re.escape("judged prompt") + r" \w+, sample 0 twice and differed: 1.0 with {'of': 2.0}, then 9.0 with"
+    found = (
+        re.escape("scored prompt") + r" \w+, sample 0 twice with different results: 1.0 with {'of': 2.0}, then 9.0 with"
+    )
     with pytest.raises(UserError, match=found):
         scored(tmp_path, answers, text, judge_twice=2)
     assert (
@@ -232,7 +236,7 @@ def test_a_batch_that_was_cut_short_is_judged_again_as_a_whole(tmp_path: Path, a
     publication = tmp_path / "state"
     publication.mkdir()
     samples = [Sample(row, one) for row in answers.rows(Rollout) for one in row.completions]
-    Journal(publication, samples).add({0: 7.0, 3: Told(8.0, {}, {}), 4: 8.0, 5: None})
+    Journal(publication, samples).add({0: 7.0, 3: DetailedScore(8.0, {}, {}), 4: 8.0, 5: None})
     text = (
         "def judge(samples):\n    open(__file__ + '.log', 'a').write(f'{len(samples)}\\n')\n"
         "    return [1 for one in samples]"

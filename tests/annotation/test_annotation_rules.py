@@ -162,8 +162,8 @@ def judge(messages, response, finish_reason, answer):
     found = score(tmp_path, answers, function, fail_on_error=0.2, seconds_per_sample=1)
     assert found.manifest.ledger.dropped == {"failed": 1}
     (message,) = found.manifest.facts["failures"]
-    assert f"function {function!r} has not judged prompt" in message
-    assert ", sample 1 after 1 s, and was ended" in message
+    assert f"function {function!r} has not scored prompt" in message
+    assert ", sample 1 after 1 s, and was killed" in message
     assert "seconds_per_sample" in message
     assert "fail_on_error" in message
     for line in noted(tmp_path):
@@ -180,7 +180,7 @@ def test_a_stall_limit_of_a_run_holds_for_a_judgement_that_has_none(
     monkeypatch.setenv(STALL, "1")
     assert stall_seconds() == 1
     function = write(tmp_path, "def judge(response, **others):\n    time.sleep(1000 * (response == 'bad .'))")
-    with pytest.raises(UserError, match=r"has not judged .*, sample 1 after 1 s"):
+    with pytest.raises(UserError, match=r"has not scored .*, sample 1 after 1 s"):
         score(tmp_path, answers, function)
     with pytest.raises(UserError, match=r"was not imported after 1 s; .*executor\.stall_seconds"):
         score(tmp_path, answers, write(tmp_path, "time.sleep(1000)\ndef judge(**others): ..."))

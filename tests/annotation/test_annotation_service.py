@@ -141,7 +141,7 @@ def test_a_service_that_differs_is_found_when_asked_twice(tmp_path: Path, answer
         handler.reply({"scores": [len(handler.server.asked)] * len(body["samples"])})
 
     with serving(drawn) as server:
-        with pytest.raises(UserError, match=r"judged prompt .*, sample 0 twice and differed: 1.0, then 2.0"):
+        with pytest.raises(UserError, match=r"scored prompt .*, sample 0 twice with different results: 1.0, then 2.0"):
             score(tmp_path, answers, server, judge_twice=1)
         score(tmp_path, answers, server, "once")
     with serving(lengths) as server:

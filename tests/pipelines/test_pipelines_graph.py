@@ -92,7 +92,7 @@ def test_a_part_of_the_reward_can_be_the_model_that_is_trained_first(smallest: P
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("gold + from", "no expression: invalid syntax"),
+        ("gold + from", "not an expression: invalid syntax"),
         (
             "gold + fomr",
             "scorers.reward.expression names fomr, which is no scorer of this run. Did you mean form? Known: ",

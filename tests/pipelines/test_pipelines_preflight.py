@@ -105,7 +105,7 @@ def test_prompts_without_the_answer_that_a_scorer_judges_by(
     assert main(command) == 2
     message = capsys.readouterr().err
     assert (
-        f"scorer 'reward': kind=exact_match judges by the prompt's known `answer`, which no prompt of {train} has."
+        f"scorer 'reward': kind=exact_match needs the prompt's known `answer`, which no prompt of {train} has."
         in message
     )
     assert "answer_column=COLUMN" in message

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 
-def show_waiting(number: int, frame: FrameType | None) -> None:
+def dump_coroutines(number: int, frame: FrameType | None) -> None:
     """Signal handler: write the stacks of the running coroutines to stderr, if there are any."""
     try:
         tasks = asyncio.all_tasks()
