@@ -34,7 +34,7 @@ from contracts.artifacts import Artifact  # noqa: E402
 from pipelines.config.load import load_run_config  # noqa: E402
 from pipelines.planning.cluster import cluster_of  # noqa: E402
 from pipelines.planning.placement import placed_graph  # noqa: E402
-from pipelines.planning.scheduling import in_order, schedule, shortest  # noqa: E402
+from pipelines.planning.scheduling import schedule, shortest_time, start_order  # noqa: E402
 from pipelines.run.directory import RunDirectory  # noqa: E402
 from pipelines.run.events import StagePublished, StageStarted  # noqa: E402
 
@@ -113,8 +113,8 @@ def read(name: str, devices: int, iterations: int, path: Path) -> Measured:
             took[event.stage] = event.time - begun[event.stage]
             ends.append(event.time)
     wall = max(ends) - min(begun.values())
-    bound = shortest(graph.nodes.values(), took)
-    times = schedule(in_order(graph, config), cluster_of(config), took)
+    bound = shortest_time(graph.nodes.values(), took)
+    times = schedule(start_order(graph, config), cluster_of(config), took)
     planned = max(end for _, end in times.values())
     digests = {name: Artifact.open(node.output).manifest.digest for name, node in graph.nodes.items()}
     return Measured(name, devices, iterations, wall, planned, bound, sum(took.values()), bound / wall, digests)

@@ -52,8 +52,8 @@ from pipelines.job import ENTRY  # noqa: E402
 from pipelines.planning.cluster import cluster_of  # noqa: E402
 from pipelines.planning.placement import placed_graph  # noqa: E402
 from pipelines.planning.prediction import Prediction  # noqa: E402
-from pipelines.planning.scheduling import in_order, streams  # noqa: E402
-from pipelines.planning.simulation import DriverCosts, Surroundings, predict_all, simulate  # noqa: E402
+from pipelines.planning.scheduling import start_order, streams  # noqa: E402
+from pipelines.planning.simulation import DriverCosts, ScheduleConditions, predict_all, simulate  # noqa: E402
 from pipelines.run.directory import RunDirectory  # noqa: E402
 from pipelines.run.events import Event, StagePublished, StageStarted  # noqa: E402
 from pipelines.run.plan import plan_run  # noqa: E402
@@ -164,9 +164,9 @@ def compare(folder: Path, plan: DrawnPlan, driver: DriverCosts) -> tuple[Compare
     config = load_run_config(write_smallest(folder), plan.overrides)
     graph = placed_graph(config, plan.iterations)
     predictions = predict_all(graph, Told(plan))
-    order = in_order(graph, config)
-    found = simulate(order, cluster_of(config), predictions, Surroundings(streams(graph, config), driver))
-    began = min(times.asked for times in found.times.values())
+    order = start_order(graph, config)
+    found = simulate(order, cluster_of(config), predictions, ScheduleConditions(streams(graph, config), driver))
+    began = min(times.submitted for times in found.times.values())
     events, *_ = drive(folder, plan)
     costs = driver_costs(events, {name: one.seconds for name, one in predictions.items()})
     assert costs is not None, "a run has stages"

@@ -35,8 +35,8 @@ from pipelines.planning.cluster import cluster_of_machines  # noqa: E402
 from pipelines.planning.placement import place  # noqa: E402
 from pipelines.planning.profiles.datasheets import data_sheet  # noqa: E402
 from pipelines.planning.profiles.predict import ProfilePredictor  # noqa: E402
-from pipelines.planning.scheduling import in_order, streams  # noqa: E402
-from pipelines.planning.simulation import Simulation, Surroundings, predict_all, simulate  # noqa: E402
+from pipelines.planning.scheduling import start_order, streams  # noqa: E402
+from pipelines.planning.simulation import ScheduleConditions, Simulation, predict_all, simulate  # noqa: E402
 
 STRATEGIES = ("flattening", "interleaving", "separation", "async")
 COLOURS = {"flattening": "#555555", "interleaving": "#4878a8", "separation": "#6aa56a", "async": "#c8743c"}
@@ -111,12 +111,12 @@ def run(
     cluster = cluster_of_machines(config, machines)
     graph = place(build_graph(config, ITERATIONS), cluster)
     predictions = predict_all(graph, ProfilePredictor([], setting.gpu, warm=False))
-    order = [node for node in in_order(graph, config) if "heldout" not in node.name and node.role != "evaluation"]
+    order = [node for node in start_order(graph, config) if "heldout" not in node.name and node.role != "evaluation"]
     known = {node.name: predictions[node.name] for node in order if node.name in predictions}
     if bare:
         known = {name: replace(one, start=0.0, load=0.0, handoff=0.0) for name, one in known.items()}
-    found = simulate(order, cluster, known, Surroundings(streams(graph, config)))
-    if (too_large := found.breaking(data_sheet(setting.gpu).memory)) is not None:
+    found = simulate(order, cluster, known, ScheduleConditions(streams(graph, config)))
+    if (too_large := found.exceeding(data_sheet(setting.gpu).memory)) is not None:
         raise UserError(f"{too_large[0]} takes {too_large[1]} bytes of a device, which has less.")
     return found
 

@@ -81,7 +81,7 @@ class Node:
 
     def external_inputs(self, graph: "Graph") -> list[Path]:
         """The inputs that no node of the graph produces."""
-        return [path for path in self.inputs if graph.owner(path) is None]
+        return [path for path in self.inputs if graph.producer_name(path) is None]
 
     @property
     def argv(self) -> list[str]:
@@ -139,7 +139,7 @@ class Graph:
             raise ValueError(f"two stages are named {name}")
         inputs = tuple(config.input_paths())
         waits = [gate for gate in (self.gates.get(iteration or 0), after) if gate is not None]
-        needs = tuple(dict.fromkeys([*(owner for path in inputs if (owner := self.owner(path))), *waits]))
+        needs = tuple(dict.fromkeys([*(owner for path in inputs if (owner := self.producer_name(path))), *waits]))
         self.nodes[name] = Node(name, stage, config, inputs, needs, iteration, role, environment or stage.environment)
         self._owners[output] = name
         return output
@@ -151,11 +151,11 @@ class Graph:
         other.nodes = nodes
         return other
 
-    def become(self, other: "Graph") -> None:
+    def replace_with(self, other: "Graph") -> None:
         """Replace this graph's contents by another's, for everything that holds a reference to it."""
         vars(self).update(vars(other))
 
-    def owner(self, path: Path) -> str | None:
+    def producer_name(self, path: Path) -> str | None:
         """Name of the node that produces `path`, which may be a file in its output; None if no node does."""
         if (known := self._owners.get(path)) is not None:
             return known
@@ -168,25 +168,25 @@ class Graph:
                 return name
         return None
 
-    def maker(self, path: Path) -> Node | None:
+    def producer(self, path: Path) -> Node | None:
         """The node that produces `path`; None if no node does."""
-        name = self.owner(path)
+        name = self.producer_name(path)
         return self.nodes[name] if name else None
 
-    def followed(self, node: "Node") -> "Node | None":
+    def streams_from(self, node: "Node") -> "Node | None":
         """The node whose shards `node` can read while they are still being produced; None if there is none."""
         field = node.stage.follows(node.config)
-        maker = None if field is None else self.maker(node.path(field))
+        maker = None if field is None else self.producer(node.path(field))
         return maker if maker is not None and field is not None and maker.output == node.path(field) else None
 
     def sampler(self, rollouts: Path) -> Node | None:
         """The node that sampled `rollouts`, through all later filtering; None if it is not in the graph."""
-        node = self.maker(rollouts)
+        node = self.producer(rollouts)
         while node is not None:
             if "rollouts" in type(node.config).model_fields:
-                node = self.maker(node.path("rollouts"))
+                node = self.producer(node.path("rollouts"))
             elif "rounds" in type(node.config).model_fields:
-                node = self.maker(node.config.model_dump()["rounds"][0])
+                node = self.producer(node.config.model_dump()["rounds"][0])
             else:
                 break
         return node
@@ -198,7 +198,7 @@ class Graph:
         """
         chain: list[tuple[Path, bool]] = []
         while (found := self._origins.get(model)) is None:
-            node = self.maker(model)
+            node = self.producer(model)
             start = node.stage.origin(node.config) if node else None
             if node is None or start is None:
                 found = (model, False)
@@ -209,7 +209,7 @@ class Graph:
             found = self._origins[made] = (found[0], found[1] or gives_head)
         return found
 
-    def known(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
+    def cached(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
         """The result of `find`, cached under the key `what`. None is not cached: nothing is known yet."""
         if (found := self._known.get(what)) is None:
             found = self._known[what] = find()

@@ -257,7 +257,7 @@ class Recipe(RunStages):
         """A share of the pairs of each earlier iteration, oldest first; the pairs themselves if the share is 1."""
         found = []
         for made in self.pairs[:-1]:
-            earlier = self.graph.maker(made)
+            earlier = self.graph.producer(made)
             assert earlier is not None
             assert earlier.iteration is not None
             age = iteration - earlier.iteration
@@ -278,7 +278,7 @@ class Recipe(RunStages):
 
         For a sample of some pairs those of all of them are used, if they exist.
         """
-        chosen = self.graph.maker(pairs)
+        chosen = self.graph.producer(pairs)
         assert chosen is not None
         assert chosen.iteration is not None
         whole = chosen.path("pairs") if chosen.stage is SAMPLE_PAIRS else pairs

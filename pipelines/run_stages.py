@@ -141,7 +141,9 @@ class RunStages:
         start, _ = self.graph.origin(model)
         find = partial(_writes_date, start, variables)
         fields = {"chat_template_kwargs": variables} if variables else {}
-        return {**fields, "date": self.run.date} if self.graph.known(("date", start, repr(variables)), find) else fields
+        return (
+            {**fields, "date": self.run.date} if self.graph.cached(("date", start, repr(variables)), find) else fields
+        )
 
     def resolve(self, reference: str | Path) -> Path:
         """Resolve a path of the config: world:NAME is a file of the toy task, ratchet:NAME one that comes with Ratchet;

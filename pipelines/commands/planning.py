@@ -30,7 +30,7 @@ from pipelines.insight.searching import as_json as searches_as_json
 from pipelines.insight.simulating import DRAWS, simulated
 from pipelines.insight.simulation import as_json as simulation_as_json
 from pipelines.insight.simulation import print_simulation
-from pipelines.planning.cluster import cluster_as_written, cluster_of_machines
+from pipelines.planning.cluster import cluster_of_machines, configured_cluster
 from pipelines.planning.entries import check_entries
 from pipelines.planning.placement import placed_graph
 from pipelines.planning.search.plan_file import plan_text
@@ -56,8 +56,8 @@ def _planned(options: argparse.Namespace) -> tuple[RunConfig, Graph]:
     if path.is_dir():
         run = RunDirectory.existing(path)
         iterations = run.iterations if options.iters is None else options.iters
-        return run.config, placed_graph(run.config, iterations, cluster_as_written(run.config))
-    wanted = plan_run(options.source, options.overrides, options.iters, download=False, cluster=cluster_as_written)
+        return run.config, placed_graph(run.config, iterations, configured_cluster(run.config))
+    wanted = plan_run(options.source, options.overrides, options.iters, download=False, cluster=configured_cluster)
     return wanted.config, wanted.graph
 
 
@@ -73,7 +73,7 @@ def _planned(options: argparse.Namespace) -> tuple[RunConfig, Graph]:
 def _show(options: argparse.Namespace) -> None:
     config, graph = _planned(options)
     check_entries(graph, config)
-    view = view_plan(graph, config, cluster_as_written(config), events_of(config))
+    view = view_plan(graph, config, configured_cluster(config), events_of(config))
     if options.json:
         print(as_json(view))
     else:
@@ -162,7 +162,7 @@ def _simulate(options: argparse.Namespace) -> int:
         options.overrides,
         options.iters,
         download=False,
-        cluster=cluster_as_written if machines is None else partial(cluster_of_machines, section=machines),
+        cluster=configured_cluster if machines is None else partial(cluster_of_machines, section=machines),
     )
     runs = [RunDirectory.existing(path) for path in options.runs]
     view = simulated(wanted, machines, runs, draws=options.draws, seed=options.seed)

@@ -29,7 +29,7 @@ from pipelines.machine import cores, gpu_count, gpus, host_memory
 from pipelines.planning.entries import check_entries
 from pipelines.planning.estimates import context_uses, published_bytes, scratch_bytes
 from pipelines.planning.inspection import preflight
-from pipelines.planning.memory import estimated, grouped, model_paths, short, size
+from pipelines.planning.memory import estimate_memory, format_bytes, group_estimates, model_paths, shorten
 from pipelines.planning.preflight import context_mistakes, device_mistakes, input_mistakes, model_mistakes
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import Plan
@@ -125,7 +125,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
     if count == 0:
         yield Finding("ok", "no GPU is used: stages run on the CPU")
     else:
-        names = ", ".join(f"{gpu.name} ({size(gpu.free)} of {size(gpu.total)} free)" for gpu in listed)
+        names = ", ".join(f"{gpu.name} ({format_bytes(gpu.free)} of {format_bytes(gpu.total)} free)" for gpu in listed)
         yield Finding("ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
     if listed and len(listed) != count:
         found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
@@ -195,27 +195,29 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
         yield Finding("warning", "nvidia-smi does not say how much memory the GPUs have", fix)
         return
     free = min(gpu.free for gpu in listed) if on_gpu else host_memory()
-    needs, unknown = estimated(plan.graph, on_gpu=on_gpu)
-    for names, need in grouped(needs):
+    needs, unknown = estimate_memory(plan.graph, on_gpu=on_gpu)
+    for names, need in group_estimates(needs):
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
     if unknown:
-        yield Finding("ok", f"not known of {short(list(unknown))}: its model cannot be measured yet")
+        yield Finding("ok", f"not known of {shorten(list(unknown))}: its model cannot be measured yet")
     if not on_gpu and plan.parallel > 1:
         totals = {name: need.total * need.processes for name, need in needs.items()}
         together = at_once(totals, plan.graph, plan.parallel)
         total = sum(totals[name] for name in together)
         if len(together) > 1 and total > free:
-            found = f"{' and '.join(together)} may run at once and take about {size(total)} of {size(free)}"
+            found = (
+                f"{' and '.join(together)} may run at once and take about {format_bytes(total)} of {format_bytes(free)}"
+            )
             yield Finding("warning", found, f"Set executor.parallel={len(together) - 1}.")
 
 
 def _memory_line(names: list[str], node: Node, need: Memory, free: int, on_gpu: bool) -> Finding:
     """Compare the memory of stages with equal needs with the free memory of a GPU or of the machine."""
     processes = 1 if on_gpu else need.processes
-    parts = " + ".join(f"{name} {size(part)}" for name, part in need.parts.items() if part)
+    parts = " + ".join(f"{name} {format_bytes(part)}" for name, part in need.parts.items() if part)
     of = f" in each of {need.processes} processes" if need.processes > 1 else ""
-    found = f"{short(names)}: about {size(need.total * processes)} of {size(free)} ({parts}{of})"
+    found = f"{shorten(names)}: about {format_bytes(need.total * processes)} of {format_bytes(free)} ({parts}{of})"
     fix = node.stage.memory_fix
     if need.states * processes > free:
         return Finding("error", f"{found}: its weights and their state alone do not fit", fix)
@@ -239,9 +241,9 @@ def check_models(plan: Plan) -> Iterator[Finding]:
         else:
             found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
             yield Finding("ok", found)
-    owners = {graph.owner(path) for path in used}
+    owners = {graph.producer_name(path) for path in used}
     if made := [name for name in graph.nodes if name in owners]:
-        yield Finding("ok", f"made by stages of the run, and not looked at: {short(made)}")
+        yield Finding("ok", f"made by stages of the run, and not looked at: {shorten(made)}")
 
 
 def _context(plan: Plan) -> Iterator[Finding]:
@@ -269,9 +271,10 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     scratch = max((scratch_bytes(node, plan.graph) for node in left), default=0)
     need, status = sum(known.values()) + scratch, os.statvfs(place)
     free = status.f_bavail * status.f_frsize
-    found = f"{plural(len(left), 'stage')} will write about {size(need)} to {place}, which has {size(free)} free"
+    room = f"{place}, which has {format_bytes(free)} free"
+    found = f"{plural(len(left), 'stage')} will write about {format_bytes(need)} to {room}"
     if len(known) < len(left):
-        found += f" (not known of {short([name for name in published if name not in known])})"
+        found += f" (not known of {shorten([name for name in published if name not in known])})"
     fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
     level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
     yield Finding(level, found, None if level == "ok" else fix)
@@ -294,11 +297,11 @@ def check_tokens(plan: Plan) -> Iterator[Finding]:
     inputs = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
     remote = sorted(str(path) for path in inputs if is_remote(path))
     if remote and huggingface_hub.get_token() is None:
-        found = f"no token of the Hugging Face Hub was found, and the run needs {short(remote)}"
+        found = f"no token of the Hugging Face Hub was found, and the run needs {shorten(remote)}"
         fix = "For public models and data that is fine; for gated or private ones set HF_TOKEN, or `hf auth login`."
         yield Finding("warning", found, fix)
     elif remote:
-        yield Finding("ok", f"there is a token of the Hugging Face Hub, for {short(remote)}")
+        yield Finding("ok", f"there is a token of the Hugging Face Hub, for {shorten(remote)}")
     elif not places:
         yield Finding("ok", "the configuration holds no access token, and needs none")
     wandb = plan.config.tracking.wandb

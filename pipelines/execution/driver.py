@@ -28,7 +28,7 @@ from pipelines.execution.supervisor import end_orphans
 from pipelines.graph import Node
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_graph
-from pipelines.planning.scheduling import Turn, in_order
+from pipelines.planning.scheduling import Admission, start_order
 from pipelines.run.decisions import Decision, may_reproduce_output, why_rebuilt
 from pipelines.run.directory import CANCEL
 from pipelines.run.events import OrphanEnded, RunEnded, RunEnding, RunStarted, StageWaits
@@ -56,7 +56,7 @@ class Driver:
 
     def __init__(self, site: Site, listeners: Sequence[Listen]) -> None:
         self.run, self.graph, self.config = site.run, site.graph, site.config
-        self.order = in_order(self.graph, self.config)
+        self.order = start_order(self.graph, self.config)
         self.executors = Executors(site)
         self.lifecycle = Lifecycle(self.run, self.graph, self.config)
         self.broadcast = Broadcast(self.run, listeners)
@@ -138,7 +138,7 @@ class Driver:
         """
         if self.rolled_back:
             return  # they may read artifacts that will be replaced
-        turn = Turn(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
+        turn = Admission(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
         awaited = {path for running in self.running.values() for path in running.decision.follows}
         for node in sorted(self.order, key=lambda node: str(node.output) not in awaited):
             if node.name in self.published or node.name in self.running or not self.may_start(node):
@@ -153,7 +153,7 @@ class Driver:
         if self.config.placement.streaming:
             self.start_followers(turn)
 
-    def start_followers(self, turn: Turn) -> None:
+    def start_followers(self, turn: Admission) -> None:
         """Start stages on the shards that an input's maker has finished, on devices that no other stage can use now."""
         for node in self.order:
             if node.name in self.published or node.name in self.running or self.lifecycle.retries.waits(node.name):
@@ -167,7 +167,7 @@ class Driver:
 
     def maker_to_follow(self, node: Node) -> Running | None:
         """The running stage that `node` can follow, or None; all its other inputs must be published."""
-        followed = self.graph.followed(node)
+        followed = self.graph.streams_from(node)
         maker = None if followed is None else self.running.get(followed.name)
         if maker is None:
             return None
@@ -250,12 +250,12 @@ class Driver:
             self.order = [other for other in self.order if (other.iteration or 0) <= decision.iteration]
             return True
         if self.stopped is not None and decision.iteration == self.stopped.iteration:  # the gate ran again
-            self.stopped, self.order = None, in_order(self.graph, self.config)
+            self.stopped, self.order = None, start_order(self.graph, self.config)
         if self.graph.rollbacks.get(node.name) == (decision.start if decision.action == "rollback" else None):
             return False
         last = max(other.iteration or 0 for other in self.graph.nodes.values())
-        self.graph.become(placed_graph(self.config, last, self.cluster))
-        self.order = in_order(self.graph, self.config)
+        self.graph.replace_with(placed_graph(self.config, last, self.cluster))
+        self.order = start_order(self.graph, self.config)
         # With a lag, artifacts of later iterations may exist that the rollback has outdated: decide about them again.
         later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
         self.published -= later

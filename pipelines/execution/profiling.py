@@ -17,11 +17,11 @@ from pipelines.execution.supervisor import DECISION, REQUEST, request_of
 from pipelines.graph import Graph, Node
 from pipelines.iteration import build_graph
 from pipelines.machine import cores, gpu_count
-from pipelines.planning.cluster import cluster_of, threads_here
+from pipelines.planning.cluster import cluster_of, default_threads
 from pipelines.planning.placement import placed_if_possible
 from pipelines.planning.profiles.datasheets import DataSheet, device_here
 from pipelines.planning.profiles.predict import ProfilePredictor
-from pipelines.planning.profiles.rows import Profile, Timing, beginnings, profile_of
+from pipelines.planning.profiles.rows import Profile, Timing, profile_of, start_states
 from pipelines.planning.profiles.store import ProfileStore
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StagePublished, StageStarted
@@ -90,7 +90,7 @@ def profiles_of(run: RunDirectory) -> list[Profile]:
 
 
 def _beginnings(graph: Graph, config: RunConfig) -> dict[str, tuple[bool, bool]]:
-    return beginnings(graph, cluster_of(config).parallel)
+    return start_states(graph, cluster_of(config).parallel)
 
 
 def _profile(
@@ -138,7 +138,7 @@ def threads_of(node: Node, config: RunConfig) -> int:
         return int(given)
     entry = config.executor.entry(node)
     if entry.kind in LOCAL_KINDS:
-        return threads_here(config.executor)
+        return default_threads(config.executor)
     layout = node.stage.layout(node.config)
     return max(1, (entry.cpus or 1) // max(1, layout.processes // layout.nodes))
 

@@ -18,11 +18,11 @@ from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.insight.remaining import seconds_by_role
-from pipelines.planning.cluster import Cluster, cluster_as_written
+from pipelines.planning.cluster import Cluster, configured_cluster
 from pipelines.planning.entries import check_entries
-from pipelines.planning.memory import device_of, estimated, require_memory, size
+from pipelines.planning.memory import device_of, estimate_memory, format_bytes, require_memory
 from pipelines.planning.preflight import require_possible
-from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
+from pipelines.planning.scheduling import critical_path, schedule, shortest_time, start_order, streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event
 from pipelines.text import echo, format_ranges
@@ -97,7 +97,7 @@ def view_plan(graph: Graph, config: RunConfig, cluster: Cluster, events: list[Ev
     """
     seconds, measured = durations(graph, events)
     followers = streams(graph, config)
-    times = schedule(in_order(graph, config), cluster, seconds, streams=followers)
+    times = schedule(start_order(graph, config), cluster, seconds, streams=followers)
     return plan_of(graph, config, cluster, seconds, measured, times)
 
 
@@ -130,7 +130,7 @@ def plan_of(
         unit="seconds" if measured else "units",
         devices=f"{cluster.devices} {cluster.unit}{'s' * (cluster.devices != 1)}",
         total=total,
-        shortest=shortest(graph.nodes.values(), seconds, followers),
+        shortest=shortest_time(graph.nodes.values(), seconds, followers),
         alone=sum(seconds.values()),
         critical=path,
         pools=_pools([one for one in stages if _has_devices(graph.nodes[one.stage])], total, cluster),
@@ -330,16 +330,16 @@ def check_plan(graph: Graph, config: RunConfig) -> list[str]:
             or for a file that does not exist.
     """
     check_entries(graph, config)
-    cluster = cluster_as_written(config)
+    cluster = configured_cluster(config)
     require_possible(graph, cluster)
     device = device_of(config)
-    needs, unknown = estimated(graph, on_gpu=device.gpus > 0)
+    needs, unknown = estimate_memory(graph, on_gpu=device.gpus > 0)
     require_memory(graph, config, device, needs)
     lines = [f"{len(graph.nodes)} stages have their devices, by placement.strategy={config.placement.strategy}"]
     lines.append("the models support their layouts")
     if needs:
         largest = max(needs, key=lambda name: needs[name].total)
-        lines.append(f"memory: {largest} takes most, {size(needs[largest].total)}, estimated for {device.name}")
+        lines.append(f"memory: {largest} takes most, {format_bytes(needs[largest].total)}, estimated for {device.name}")
     if unknown:
         lines.append(f"not known: the memory of {', '.join(sorted(unknown)[:3])}{' and others' * (len(unknown) > 3)}")
     return lines

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
-from pipelines.planning.memory import short, size
+from pipelines.planning.memory import format_bytes, shorten
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.profiles.rows import Profile
 from pipelines.text import echo
@@ -111,11 +111,11 @@ def print_known(console: Console, known: list[KnownStages]) -> None:
     table = Table("stages", "known by", "seconds", "error", "memory", "short run")
     for group in known:
         table.add_row(
-            short(group.stages),
+            shorten(group.stages),
             group.basis or "nothing",
             "" if group.seconds is None else f"{group.seconds:.1f}",
             "" if group.error is None else f"{group.error:.0%}",
-            "" if group.memory is None else size(group.memory),
+            "" if group.memory is None else format_bytes(group.memory),
             f"{group.short_seconds:.1f} s" if group.is_hole and group.short_seconds is not None else "",
         )
     console.print(table)
@@ -132,7 +132,7 @@ def print_profiles(console: Console, profiles: list[Profile]) -> None:
     for row in sorted(profiles, key=lambda row: row.created):
         times = (f"{value:.1f}" for value in (row.queue, row.start, row.load, row.compute, row.handoff))
         what = " ".join(filter(None, (row.stage, row.variant)))
-        peak = "" if row.memory is None else size(row.memory)
+        peak = "" if row.memory is None else format_bytes(row.memory)
         table.add_row(row.created, what, row.role, row.device, *times, peak)
     console.print(table)
 

@@ -19,12 +19,12 @@ from pipelines.insight.simulating import require_known_gpus
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import (
     Cluster,
-    cluster_as_written,
     cluster_of_machines,
     config_on_machines,
-    threads_here,
+    configured_cluster,
+    default_threads,
 )
-from pipelines.planning.memory import Device, device_of, size
+from pipelines.planning.memory import Device, device_of, format_bytes
 from pipelines.planning.preflight import input_mistakes
 from pipelines.planning.profiles.datasheets import sheet_of_machines
 from pipelines.planning.profiles.predict import QUEUE_SECONDS, ProfilePredictor
@@ -125,7 +125,7 @@ def _setting_of(
     detached: bool = False,
 ) -> SearchedRun:
     if machines is None:
-        cluster: Callable[[RunConfig], Cluster] = cluster_as_written
+        cluster: Callable[[RunConfig], Cluster] = configured_cluster
         predictor = predictor_for(config, runs=runs, detached=detached)
         device = device_of(config)
     else:
@@ -146,7 +146,7 @@ def _setting_of(
         predictor=predictor,
         device=device,
         cluster_of=cluster,
-        threads=threads_here(planned.executor),
+        threads=default_threads(planned.executor),
         driver=DriverCosts() if detached else costs_here(config, runs) or DriverCosts(),
         detached=detached,
     )
@@ -256,7 +256,7 @@ def print_search(console: Console, view: SearchView) -> None:
             format_duration(row.seconds),
             format_duration(row.error),
             f"{row.device_hours:.3g}",
-            size(row.memory) if row.memory else "",
+            format_bytes(row.memory) if row.memory else "",
             f"{row.idle:.0%}",
             ", ".join(f"{basis} {share:.0%}" for basis, share in row.bases.items() if share >= 0.005),
         )

@@ -11,18 +11,18 @@ from pipelines.insight.driver_time import costs_here
 from pipelines.insight.simulation import SimulationView, view_simulation
 from pipelines.planning.cluster import (
     Cluster,
-    cluster_as_written,
     cluster_of_machines,
     config_on_machines,
+    configured_cluster,
 )
 from pipelines.planning.draws import draw_runs
 from pipelines.planning.entries import check_entries
-from pipelines.planning.memory import Device, device_of, estimated, require_memory, size
+from pipelines.planning.memory import Device, device_of, estimate_memory, format_bytes, require_memory
 from pipelines.planning.preflight import require_possible
 from pipelines.planning.profiles.datasheets import sheet_of_machines
 from pipelines.planning.profiles.predict import ProfilePredictor
-from pipelines.planning.scheduling import in_order, streams
-from pipelines.planning.simulation import DriverCosts, Surroundings, contention, predict_all, simulate, with_queue
+from pipelines.planning.scheduling import start_order, streams
+from pipelines.planning.simulation import DriverCosts, ScheduleConditions, contention, predict_all, simulate, with_queue
 from pipelines.run.directory import RunDirectory
 from pipelines.run.plan import Plan
 
@@ -45,7 +45,7 @@ def simulated(
         UserError: there is no data sheet for the GPUs; or the run is not possible on them: an input does not exist, a
             layout does not fit its model or takes more GPUs than there are, or a stage needs more memory.
     """
-    config, cluster = plan.config, cluster_as_written(plan.config)
+    config, cluster = plan.config, configured_cluster(plan.config)
     device = device_of(config)
     sheet = None
     if machines is not None:
@@ -55,24 +55,24 @@ def simulated(
     graph = plan.graph
     check_entries(graph, config)
     require_possible(graph, cluster, without_weights=True)
-    needs, _ = estimated(graph, on_gpu=device.gpus > 0)
+    needs, _ = estimate_memory(graph, on_gpu=device.gpus > 0)
     require_memory(graph, config, device, needs)
     predictor = predictor_for(config, runs=runs, device=sheet.name if sheet is not None else "")
     if sheet is not None:
         predictor.sheet = sheet
     require_known_gpus(config, cluster, predictor)
     driver = costs_here(plan.config, runs)
-    order = in_order(graph, config)
-    surroundings = surroundings_of(graph, config, cluster, driver)
+    order = start_order(graph, config)
+    conditions = conditions_of(graph, config, cluster, driver)
     predictions = predict_all(graph, predictor)
     if machines is not None:
         predictions = with_queue(predictions, order, machines.queue.seconds)
-    found = simulate(order, cluster, predictions, surroundings, bound=True)
-    if (breaking := found.breaking(device.bytes)) is not None:
+    found = simulate(order, cluster, predictions, conditions, bound=True)
+    if (breaking := found.exceeding(device.bytes)) is not None:
         name, wanted = breaking
         raise UserError(
-            f"stage {name}, and what runs at the same time, take {size(wanted)} of {device.name}, which has "
-            f"{size(device.bytes)}. {graph.nodes[name].stage.memory_fix}"
+            f"stage {name}, and what runs at the same time, take {format_bytes(wanted)} of {device.name}, which has "
+            f"{format_bytes(device.bytes)}. {graph.nodes[name].stage.memory_fix}"
         )
     drawn = draw_runs(found, graph, config.executor, machines, count=draws, seed=seed) if found.predictions else None
     return view_simulation(
@@ -90,7 +90,7 @@ def require_known_gpus(config: RunConfig, cluster: Cluster, predictor: ProfilePr
         )
 
 
-def surroundings_of(graph: Graph, config: RunConfig, cluster: Cluster, driver: DriverCosts | None) -> Surroundings:
+def conditions_of(graph: Graph, config: RunConfig, cluster: Cluster, driver: DriverCosts | None) -> ScheduleConditions:
     """The conditions other than order, devices and durations that decide when stages start and end."""
     demands, room = contention(graph.nodes.values(), cluster, lambda node: threads_of(node, config))
-    return Surroundings(streams(graph, config), driver or DriverCosts(), demands, room)
+    return ScheduleConditions(streams(graph, config), driver or DriverCosts(), demands, room)

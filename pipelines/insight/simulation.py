@@ -13,10 +13,10 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.insight.plan import PlannedStage, PlanView, plan_of, runs_on, timeline
 from pipelines.planning.cluster import Cluster
-from pipelines.planning.draws import OUTSIDE, Draws
-from pipelines.planning.memory import size
+from pipelines.planning.draws import TAIL_SHARE, Draws
+from pipelines.planning.memory import format_bytes
 from pipelines.planning.prediction import Basis, Prediction
-from pipelines.planning.simulation import DriverCosts, Simulation, gains, unknown_in_words
+from pipelines.planning.simulation import DriverCosts, Simulation, describe_unknown, sensitivities
 from pipelines.text import echo, format_duration, format_ranges, plural
 
 NAMED = 3
@@ -126,7 +126,7 @@ def view_simulation(
         cost=None if price is None else price * hours["owned"],
         cost_held=None if price is None else price * hours["held"],
         way={kind: time / whole for kind, time in simulation.path_by_kind.items()} if whole else {},
-        gains=gains(simulation),
+        gains=sensitivities(simulation),
         memory=peak,
         memory_room=room,
         memory_stage=stage,
@@ -197,7 +197,7 @@ def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
             place,
             layout,
             " to ".join(dict.fromkeys((format_duration(took[0]), format_duration(took[-1])))),
-            size(max(peaks)) if peaks else "",
+            format_bytes(max(peaks)) if peaks else "",
             ", ".join(dict.fromkeys(one.basis for one in known)),
         )
 
@@ -205,7 +205,7 @@ def _rows(view: SimulationView) -> Iterable[tuple[str, ...]]:
 def in_sentences(view: SimulationView) -> Iterable[str]:
     """The results in sentences."""
     if view.is_bound:
-        yield f"All times are lower bounds: {unknown_in_words(view.unknown)}"
+        yield f"All times are lower bounds: {describe_unknown(view.unknown)}"
     least = "at least " if view.is_bound else ""
     each = ", ".join(format_duration(seconds) for seconds in view.iterations[:NAMED])
     more = f" and {len(view.iterations) - NAMED} more" if len(view.iterations) > NAMED else ""
@@ -223,7 +223,7 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
         times = len(draws.totals)
         yield (
             f"of {times} runs drawn (seed {view.seed}) the median takes {least}{format_duration(draws.median)}, and "
-            f"{1 - 2 * OUTSIDE:.0%} of them {least}{format_duration(low)} to {format_duration(high)}; "
+            f"{1 - 2 * TAIL_SHARE:.0%} of them {least}{format_duration(low)} to {format_duration(high)}; "
             f"in a run {draws.failures:.2g} attempts fail"
             + (f", and {draws.stopped:.0%} stop because a stage fails too often" if draws.stopped else "")
         )
@@ -264,8 +264,8 @@ def _memory(view: SimulationView) -> Iterable[str]:
     if view.memory is None:
         yield "memory: not known"
         return
-    of = f" of {size(view.memory_room)}" if view.memory_room is not None else ""
-    yield f"memory: {size(view.memory)}{of} on the fullest device, in {view.memory_stage}"
+    of = f" of {format_bytes(view.memory_room)}" if view.memory_room is not None else ""
+    yield f"memory: {format_bytes(view.memory)}{of} on the fullest device, in {view.memory_stage}"
 
 
 def as_json(view: SimulationView) -> str:

@@ -52,7 +52,7 @@ class Cluster:
         each = max(1, self.devices // self.machines)
         return len({device // each for device in devices})
 
-    def asked_of(self, node: Node) -> int:
+    def requested_devices(self, node: Node) -> int:
         """Devices that a stage's jobs request from a scheduler: GPUs, or without any one core per process."""
         entry, layout = self.executor.entry(node), node.stage.layout(node.config)
         gpus = (entry.gpus or 0) if self.scheduler_has_gpus else 0
@@ -60,7 +60,7 @@ class Cluster:
             return (entry.tasks or DEFAULT_TASKS) * max(1, gpus)
         return (entry.nodes or layout.nodes) * gpus or layout.processes
 
-    def shares(self, placement: Placement) -> int | None:
+    def sharing_limit(self, placement: Placement) -> int | None:
         """Maximum number of stages that may use one of these devices at once; None: no limit, because a scheduler
         decides."""
         if placement.executor not in LOCAL_KINDS:
@@ -68,12 +68,12 @@ class Cluster:
         return 1 if placement.exclusive and placement.devices else self.parallel
 
 
-def threads_here(executor: ExecutorSection) -> int:
+def default_threads(executor: ExecutorSection) -> int:
     """Default number of threads of each process of a stage on this machine."""
     return max(1, (os.cpu_count() or 1) // (executor.parallel or default_parallel()))
 
 
-def cluster_as_written(config: RunConfig) -> Cluster:
+def configured_cluster(config: RunConfig) -> Cluster:
     """The cluster of a run: this machine, with the GPUs of the config's `hardware` if it has none."""
     return cluster_of(config, gpu_count() or (config.hardware.gpus if config.hardware is not None else 0))
 

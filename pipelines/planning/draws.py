@@ -15,13 +15,13 @@ from pipelines.config.cluster import MachinesSection
 from pipelines.config.executor import ExecutorSection, retry_pause
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import GraphOutlook
-from pipelines.planning.prediction import Prediction, drawn_factor
+from pipelines.planning.prediction import Prediction, random_factor
 from pipelines.planning.scheduling import StageWork
 from pipelines.planning.simulation import Simulation, kind_of
 
-OUTSIDE = 0.1
+TAIL_SHARE = 0.1
 """Share of the draws below an interval, and of those above it."""
-MOST_ATTEMPTS = 1000
+MAX_ATTEMPTS = 1000
 """Maximum number of attempts of a stage in one draw; a stage with more would never end."""
 
 
@@ -51,7 +51,7 @@ class Draws:
     @property
     def interval(self) -> tuple[float, float]:
         """The interval in seconds that contains 80 % of the runs."""
-        return _quantile(self.totals, OUTSIDE), _quantile(self.totals, 1 - OUTSIDE)
+        return _quantile(self.totals, TAIL_SHARE), _quantile(self.totals, 1 - TAIL_SHARE)
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
@@ -61,7 +61,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return values[low] + (position - low) * (values[high] - values[low])
 
 
-def pieces_of(node: Node, graph: Graph, prediction: Prediction) -> float:
+def resume_interval(node: Node, graph: Graph, prediction: Prediction) -> float:
     """Seconds of computation between two points from which a further attempt can resume."""
     saves = getattr(node.config, "checkpoint_seconds", None)
     if saves is not None:
@@ -94,11 +94,11 @@ def draw_runs(
         seed: the seed of the random numbers; the same seed gives the same result.
     """
     chance = random.Random(seed)
-    pieces = {node.name: pieces_of(node, graph, one) for node, one in _known(simulation)}
+    pieces = {node.name: resume_interval(node, graph, one) for node, one in _known(simulation)}
     totals, held, failures, stopped = [], [], 0, 0
     for _ in range(count):
         works = _draw(simulation, executor, machines, pieces, chance)
-        times = simulation.surroundings.course(simulation.order, simulation.cluster, works)
+        times = simulation.conditions.simulate(simulation.order, simulation.cluster, works)
         totals.append(max((one.end for one in times.values()), default=0.0))
         held.append(sum(times[node.name].held * simulation.devices_of(node) for node in simulation.order))
         failures += sum(len(work.failures) for work in works.values())
@@ -124,7 +124,7 @@ def _draw(
     for node, one in _known(simulation):
         kind = kind_of(node)
         if kind not in wrong:
-            wrong[kind] = drawn_factor(chance, one.error)
+            wrong[kind] = random_factor(chance, one.error)
         factor, queue = wrong[kind], one.queue
         failures: tuple[tuple[float, float], ...] = ()
         compute, fixed = factor * one.compute, factor * (one.start + one.load)
@@ -138,7 +138,7 @@ def _draw(
                 between = 3600 * machines.hours_between_failures / devices
                 piece = compute * (pieces[node.name] / one.compute if one.compute else 1.0)
                 failures, compute = _fail(fixed, compute, handoff, piece, between, executor, chance)
-        demand = simulation.surroundings.demands.get(node.name, 0.0)
+        demand = simulation.conditions.demands.get(node.name, 0.0)
         works[node.name] = StageWork(fixed + compute + handoff, queue, demand, failures, one.finish)
     return works
 
@@ -155,7 +155,7 @@ def _fail(
     """The failed attempts at a stage (seconds until each fails, and of the pause after it), and what is left for the
     last one."""
     failures: list[tuple[float, float]] = []
-    while (at := chance.expovariate(1 / between)) < fixed + compute + handoff and len(failures) < MOST_ATTEMPTS:
+    while (at := chance.expovariate(1 / between)) < fixed + compute + handoff and len(failures) < MAX_ATTEMPTS:
         done = min(compute, max(0.0, at - fixed))
         compute -= done if done == compute else piece * (done // piece) if piece else done
         failures.append((at, retry_pause(len(failures) + 1, executor.backoff_seconds, chance)))

@@ -21,29 +21,29 @@ class GraphOutlook:
     def size_of(self, model: Path) -> Size | None:
         """The size of a model; one trained in the graph has the size of the model that it starts from."""
         start, becomes_classifier = self.graph.origin(model)
-        size = self.graph.known(("size", start), lambda: self._size(start))
+        size = self.graph.cached(("size", start), lambda: self._size(start))
         return size.as_classifier() if size and becomes_classifier else size
 
     def _size(self, start: Path) -> Size | None:
-        node = self.graph.maker(start)
+        node = self.graph.producer(start)
         return read_size(start) if node is None else node.stage.size(node.config)
 
     def rows_of(self, path: Path, split: str = "train") -> RowStats | None:
         """Estimate of a set of prompts or demonstrations, also before it is made; None if only the Hub knows."""
-        return self.graph.known(("rows", path, split), lambda: self._rows(path, split))
+        return self.graph.cached(("rows", path, split), lambda: self._rows(path, split))
 
     def _rows(self, path: Path, split: str) -> RowStats | None:
-        node = self.graph.maker(path)
+        node = self.graph.producer(path)
         return measure(path, split) if node is None else node.stage.rows(node.config, path, self) or measure(path)
 
     def answers_of(self, path: Path) -> AnswerStats | None:
         """Estimate of the answers in rollouts, or in the rollouts that an experience is made from."""
-        node = self.graph.maker(path)
+        node = self.graph.producer(path)
         return node.stage.answers(node.config, self) if node else None
 
     def pairs_of(self, path: Path) -> PairStats | None:
         """Estimate of preference pairs."""
-        node = self.graph.maker(path)
+        node = self.graph.producer(path)
         return node.stage.pairs(node.config, self) if node else None
 
 
@@ -70,7 +70,7 @@ def context_uses(graph: Graph) -> Iterator[ContextUse]:
             continue
         prompt, answer = tokens
         keys = f"max_prompt_tokens={prompt} and max_new_tokens={answer}" if prompt else f"max_new_tokens={answer}"
-        is_made = graph.owner(models[0].path) is not None
+        is_made = graph.producer_name(models[0].path) is not None
         yield ContextUse(keys, max(prompt, 1) + answer, policy.context, is_made)
 
 

@@ -26,7 +26,7 @@ Commits = dict[str, str]
 """The resolved commits, by kind and reference ("model hf:ORG/NAME@REVISION")."""
 
 
-class OnHub:
+class HubResolver:
     """Resolves the Hub references of one run."""
 
     def __init__(self, commits: Commits | None, *, download: bool) -> None:
@@ -39,7 +39,7 @@ class OnHub:
         self.commits = commits
         self.download = download
 
-    def locate(self, config: RunConfig) -> RunConfig:
+    def resolve(self, config: RunConfig) -> RunConfig:
         """Replace every model in the config by its directory, and every data set's name by one with its commit.
 
         Raises:

@@ -37,7 +37,7 @@ from pipelines.progress import waiting
 R = TypeVar("R", PreflightReport, SampledData)
 DRAWS = 16
 """Number of iterations whose draws are checked; what they take of each set differs by one prompt at most."""
-OF_THE_PLACE = ("output", "seed", "iteration", "start", "count", "lengths")
+IGNORED_FIELDS = ("output", "seed", "iteration", "start", "count", "lengths")
 """Fields that do not matter to preflight; stages that differ only in these are checked once."""
 
 
@@ -46,8 +46,12 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
     needed = dict.fromkeys(["annotation", *(node.environment for node in graph.nodes.values() if node.stage.preflight)])
     usable = [name for name in needed if _is_usable(environments, name)]
     sampled = _sample(graph, environments) if "annotation" in usable else SampledData()
-    conversations = (*sampled.conversations, *with_system_message(graph))
-    findings = [*sampled.findings, *without_answers(graph, sampled.unanswered), *too_few(graph, sampled.counts)]
+    conversations = (*sampled.conversations, *system_message_conversations(graph))
+    findings = [
+        *sampled.findings,
+        *scorers_without_answers(graph, sampled.unanswered),
+        *too_small_sets(graph, sampled.counts),
+    ]
     asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
     with concurrent.futures.ThreadPoolExecutor(max(1, len(asked))) as pool:
         answers = pool.map(
@@ -98,7 +102,7 @@ def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]
     Args:
         known: by the path of a model, the digest of its vocabulary.
     """
-    told: dict[tuple[Path, Path], Finding] = {}
+    reported: dict[tuple[Path, Path], Finding] = {}
     for node in graph.nodes.values():
         reads = next((use for use in node.stage.models(node.config) if use.ids_of is not None), None)
         sampled = graph.sampler(reads.ids_of) if reads is not None and reads.ids_of is not None else None
@@ -111,8 +115,10 @@ def differing_vocabularies(graph: Graph, known: dict[str, str]) -> list[Finding]
                 f"{model} (stage {node.name}) has another vocabulary ({found[:12]}) than the policy {policy} "
                 f"({wanted[:12]}), whose answers it would read: the same token ids mean other text to it."
             )
-            told.setdefault((model, policy), Finding("error", text, "Take a model that has the policy's tokenizer."))
-    return list(told.values())
+            reported.setdefault(
+                (model, policy), Finding("error", text, "Take a model that has the policy's tokenizer.")
+            )
+    return list(reported.values())
 
 
 def _shown(probe: dict[str, Any]) -> str:
@@ -138,7 +144,7 @@ def reads_from_outside(node: Node, graph: Graph) -> bool:
     except UserError:  # reported by `input_mistakes`
         return False
     return any(
-        exists_or_matches(origin_of(path, graph)) and graph.owner(origin_of(path, graph)) is None
+        exists_or_matches(origin_of(path, graph)) and graph.producer_name(origin_of(path, graph)) is None
         for path in node.config.input_paths()
     )
 
@@ -149,12 +155,12 @@ def request_of(node: Node, graph: Graph) -> StageRequest:
     config = node.config.model_dump(mode="json")
     made = []
     for field, value in node.config.select(Role.INPUT).items():
-        if isinstance(value, str) and graph.owner(Path(value)) is not None:
+        if isinstance(value, str) and graph.producer_name(Path(value)) is not None:
             made.append(field)
             config[field] = _known(Path(value), graph)
         elif isinstance(value, list | dict):
             config[field] = _replaced(config[field], graph)
-    for field in OF_THE_PLACE:
+    for field in IGNORED_FIELDS:
         config.pop(field, None)
     command = node.stage.command
     return StageRequest(node.name, node.package, command, {**config, "output": "preflight"}, tuple(made))
@@ -172,7 +178,7 @@ def _known(path: Path, graph: Graph) -> str:
     """The path; for a model trained in the run the model that it starts from, and for other artifacts the kind of their
     stage."""
     origin = origin_of(path, graph)
-    owner = graph.owner(origin)
+    owner = graph.producer_name(origin)
     return str(origin) if owner is None else f"made-by/{graph.nodes[owner].stage.name}"
 
 
@@ -185,7 +191,7 @@ def _is_usable(environments: EnvironmentsSection, name: str) -> bool:
     return True
 
 
-def with_system_message(graph: Graph) -> Iterator[Conversation]:
+def system_message_conversations(graph: Graph) -> Iterator[Conversation]:
     """Yield a conversation for each system message in the run's config."""
     for node in graph.nodes.values():
         if (system := getattr(node.config, "system", None)) is not None:
@@ -198,7 +204,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
     requests: dict[str, StageRequest] = {}
     for node in graph.nodes.values():
         path = node.path(node.stage.conversations) if node.stage.conversations else None
-        if path is not None and graph.owner(path) is None and (path.exists() or _is_in_cache(path)):
+        if path is not None and graph.producer_name(path) is None and (path.exists() or _is_in_cache(path)):
             stage = request_of(node, graph)
             requests.setdefault(_data_of(stage), stage)
     if not requests:
@@ -224,7 +230,7 @@ def _data_of(stage: StageRequest) -> str:
     return digest([stage.command, stage.config])
 
 
-def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
+def scorers_without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
     """Find scorers that need known answers, but score prompts without any.
 
     Args:
@@ -247,7 +253,7 @@ def without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Finding]:
             yield Finding("error", found, f"{ANSWER_FIX}, or take other prompts.")
 
 
-def too_few(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
+def too_small_sets(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
     """Find sets of prompts that are too small for the draws of an iteration.
 
     Args:
@@ -255,17 +261,17 @@ def too_few(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
     """
     known = {_data_of(request_of(graph.nodes[name], graph)): count for name, count in counts.items()}
     taken: Counter[str] = Counter()
-    told = set()
+    reported = set()
     draws = (node.config for node in graph.nodes.values() if isinstance(node.config, DrawConfig))
     for config in itertools.islice((config for config in draws if not config.replaces), DRAWS):
         weights = {name: config.weights.get(name, 1.0) for name in config.sources}
         wanted = Counter(shares(weights, taken, config.count))
         taken += wanted
         for name, path in config.sources.items():
-            made = graph.maker(path)
+            made = graph.producer(path)
             there = None if made is None else _count_of(made, graph, known)
-            if there is not None and there < wanted[name] and name not in told:
-                told.add(name)
+            if there is not None and there < wanted[name] and name not in reported:
+                reported.add(name)
                 yield Finding("error", too_few_prompts(name, there, config.count, wanted[name]))
 
 
@@ -273,7 +279,7 @@ def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
     """The maximum number of prompts in a set; None if unknown."""
     if (file := _world_file(made, graph)) is None:
         return known.get(_data_of(request_of(made, graph)))
-    world = graph.nodes[graph.owner(made.path("source")) or ""].config
+    world = graph.nodes[graph.producer_name(made.path("source")) or ""].config
     count = int(getattr(world, file.removeprefix("world:").partition(".")[0]))
     return min(count, made.config.model_dump().get("limit") or count)
 
@@ -281,7 +287,7 @@ def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
 def _world_file(made: Node, graph: Graph) -> str | None:
     """The file of the toy task that a stage imports; None if it imports something else."""
     path = made.path("source")
-    owner = None if path is None else graph.owner(path)
+    owner = None if path is None else graph.producer_name(path)
     if path is None or owner is None or graph.nodes[owner].config.stage != "world":
         return None
     return f"world:{path.name}"
@@ -291,10 +297,10 @@ def _prompt_sets(sampled: Node | None, graph: Graph) -> list[Node]:
     """The stages that import the prompts of a sampling stage; empty if they are not known."""
     if sampled is None or "prompts" not in type(sampled.config).model_fields:
         return []
-    drawn = graph.maker(sampled.path("prompts"))
+    drawn = graph.producer(sampled.path("prompts"))
     if drawn is None or drawn.stage.command == "prompts":
         return [drawn] if drawn is not None else []
-    found = [graph.maker(Path(path)) for path in drawn.config.model_dump().get("sources", {}).values()]
+    found = [graph.producer(Path(path)) for path in drawn.config.model_dump().get("sources", {}).values()]
     return [node for node in found if node is not None and node.stage.command == "prompts"]
 
 

@@ -4,9 +4,9 @@ from contracts.errors import UserError
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 
-MOST_ITERATIONS = 10_000
+MAX_ITERATIONS = 10_000
 """Maximum number of iterations; a larger one is surely a typing error, since an iteration takes minutes."""
-MOST_ACCUMULATED = 1_000
+MAX_ACCUMULATED = 1_000
 """Maximum number of iterations if each reads data of all earlier ones."""
 
 
@@ -17,19 +17,19 @@ def require_iterations(config: RunConfig, asked: int | None) -> int:
         UserError: the number is negative, or larger than a run may have.
     """
     wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
-    if not 0 <= wanted <= MOST_ITERATIONS:
-        raise UserError(f"{name} is {wanted}; it must be from 0 to {MOST_ITERATIONS}.")
+    if not 0 <= wanted <= MAX_ITERATIONS:
+        raise UserError(f"{name} is {wanted}; it must be from 0 to {MAX_ITERATIONS}.")
     curriculum = config.prompts.curriculum
     for key, is_set, what in (
         ("accumulate=true", config.accumulate, "pairs"),
         ("replay", config.replay is not None and config.replay.iterations is None, "pairs"),
         ("prompts.curriculum", curriculum is not None and curriculum.iterations is None, "scores"),
     ):
-        if is_set and wanted > MOST_ACCUMULATED:
+        if is_set and wanted > MAX_ACCUMULATED:
             fix = "set accumulate=false" if config.accumulate else f"set {key}.iterations"
             raise UserError(
                 f"{name} is {wanted} with {key}, with which every iteration reads the {what} of all earlier ones; then "
-                f"it must be from 0 to {MOST_ACCUMULATED}. Lower it, or {fix}."
+                f"it must be from 0 to {MAX_ACCUMULATED}. Lower it, or {fix}."
             )
     return wanted
 

@@ -21,7 +21,7 @@ from pipelines.progress import tracked
 from pipelines.text import echo
 
 
-def estimated(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
+def estimate_memory(graph: Graph, *, on_gpu: bool) -> tuple[dict[str, Memory], dict[str, list[Path]]]:
     """The estimated memory of each placed node, and for nodes without an estimate the models whose size is unknown."""
     needs: dict[str, Memory] = {}
     unknown: dict[str, list[Path]] = {}
@@ -50,12 +50,14 @@ def device_of(config: RunConfig) -> Device:
     listed = gpus() if gpu_count() else []
     if listed:
         smallest = min(gpu.total for gpu in listed)
-        return Device(f"{len(listed)} GPU of {size(smallest)} of this machine", smallest, len(listed))
+        return Device(f"{len(listed)} GPU of {format_bytes(smallest)} of this machine", smallest, len(listed))
     if config.hardware is not None:
         room = int(config.hardware.gib * (1 << 30))
-        return Device(f"{config.hardware.gpus} GPU of {size(room)}, as `hardware` says", room, config.hardware.gpus)
+        return Device(
+            f"{config.hardware.gpus} GPU of {format_bytes(room)}, as `hardware` says", room, config.hardware.gpus
+        )
     room = host_memory()
-    return Device(f"the CPU of this machine, which has {size(room)} free", room, 0)
+    return Device(f"the CPU of this machine, which has {format_bytes(room)} free", room, 0)
 
 
 def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mapping[str, Memory]) -> None:
@@ -65,8 +67,8 @@ def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mappi
         wanted = need.total * (1 if device.gpus else need.processes)
         if wanted > room and config.executor.entry(graph.nodes[name]).kind in LOCAL_KINDS:
             raise UserError(
-                f"stage {name} is estimated to take {size(wanted)} of {device.name}: {size(room)} are for it. "
-                f"{graph.nodes[name].stage.memory_fix}"
+                f"stage {name} is estimated to take {format_bytes(wanted)} of {device.name}: {format_bytes(room)} are "
+                f"for it. {graph.nodes[name].stage.memory_fix}"
             )
 
 
@@ -74,18 +76,20 @@ def print_memory(console: Console, graph: Graph, config: RunConfig) -> None:
     """Print for every stage with a model its peak memory, the parts of it, the largest first, and whether it fits."""
     device = device_of(config)
     placed = place(graph, cluster_of(config, device.gpus))
-    needs, unknown = estimated(placed, on_gpu=device.gpus > 0)
+    needs, unknown = estimate_memory(placed, on_gpu=device.gpus > 0)
     lines = [f"memory, estimated for {device.name}:"]
-    for names, need in grouped(needs):
+    for names, need in group_estimates(needs):
         processes = 1 if device.gpus else need.processes
         room = int(need.share * device.bytes)
         verdict = "fits" if need.total * processes <= room else "no room"
         parts = sorted(((part, name) for name, part in need.parts.items() if part), reverse=True)
-        made = ", ".join(f"{name} {size(part)}" for part, name in parts)
+        made = ", ".join(f"{name} {format_bytes(part)}" for part, name in parts)
         each = f" in each of {need.processes} processes" if need.processes > 1 else ""
-        lines.append(f"{verdict:<8} {short(names)}: {size(need.total)} of {size(room)}{each} ({made})")
+        lines.append(
+            f"{verdict:<8} {shorten(names)}: {format_bytes(need.total)} of {format_bytes(room)}{each} ({made})"
+        )
     for models, names in _by_models(unknown):
-        lines.append(f"unknown  {short(names)}: {'; '.join(map(_why_unknown, models))}")
+        lines.append(f"unknown  {shorten(names)}: {'; '.join(map(_why_unknown, models))}")
     echo(console, *lines)
 
 
@@ -105,7 +109,7 @@ def _why_unknown(model: Path) -> str:
     return f"{model} is not in the local cache; `hf download {name} config.json{at}` is enough for an estimate"
 
 
-def grouped(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
+def group_estimates(needs: dict[str, Memory]) -> Iterator[tuple[list[str], Memory]]:
     """Group stages with equal estimates, across iterations."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, need in needs.items():
@@ -119,12 +123,12 @@ def model_paths(node: Node) -> list[Path]:
     return [use.path for use in node.stage.models(node.config)]
 
 
-def short(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
     """The first two names, and the number of the others."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes in readable units."""
     for unit, power in (("GiB", 30), ("MiB", 20)):
         if count >= 1 << power:

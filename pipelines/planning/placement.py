@@ -29,7 +29,7 @@ def place(graph: Graph, cluster: Cluster) -> Graph:
             devices than there are.
     """
     given = placements(graph, cluster)
-    sizes = {name: written_sizes(node, cluster.placement) for name, node in graph.nodes.items()}
+    sizes = {name: configured_sizes(node, cluster.placement) for name, node in graph.nodes.items()}
     nodes = {name: place_stage(node, given[name], sizes[name], cluster) for name, node in graph.nodes.items()}
     return graph.with_nodes(nodes)
 
@@ -42,7 +42,11 @@ def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster:
     """
     node = replace(node, config=_laid_out(node, sizes), placement=given)
     entry = cluster.executor.entry(node)
-    config = _here(node, cluster) if entry.kind in LOCAL_KINDS else _on_scheduler(node, entry, cluster)
+    config = (
+        _config_on_this_machine(node, cluster)
+        if entry.kind in LOCAL_KINDS
+        else _config_on_scheduler(node, entry, cluster)
+    )
     return replace(node, config=config)
 
 
@@ -64,7 +68,7 @@ def placed_graph(config: RunConfig, iterations: int, cluster: Cluster | None = N
     return place(build_graph(config, iterations), cluster or cluster_of(config))
 
 
-def written_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
+def configured_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
     """The sizes of a stage's layout in the plan's entries, as far as the stage has them."""
     sizes: dict[str, Any] = {}
     for entry in matching_entries(node, placement.stages):
@@ -80,7 +84,7 @@ def _laid_out(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
     return config
 
 
-def _here(node: Node, cluster: Cluster) -> StageConfig:
+def _config_on_this_machine(node: Node, cluster: Cluster) -> StageConfig:
     """The config of a stage on this machine, or on machines planned for as one."""
     layout = node.stage.layout(node.config)
     if layout.nodes > cluster.machines > 1:
@@ -96,7 +100,7 @@ def _here(node: Node, cluster: Cluster) -> StageConfig:
     assert node.placement is not None
     if not cluster.is_divided:
         whole: StageConfig = node.stage.spread(node.config, cluster.gpus)
-        return _over_machines(node, whole, cluster)
+        return _spread_over_machines(node, whole, cluster)
     had = len(node.placement.devices) if cluster.gpus else 0
     config: StageConfig = node.stage.spread(node.config, had)
     processes = node.stage.layout(config).processes
@@ -107,10 +111,10 @@ def _here(node: Node, cluster: Cluster) -> StageConfig:
             f"stage {node.name} takes {plural(wanted, 'GPU')} ({each} of {max(1, node.gpus)}), but "
             f"{where} {had}. Give it more in placement.pools, or fewer processes."
         )
-    return _over_machines(node, config, cluster)
+    return _spread_over_machines(node, config, cluster)
 
 
-def _over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageConfig:
+def _spread_over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageConfig:
     """Set the number of machines that the processes of a training are on."""
     layout = node.stage.layout(config)
     if cluster.machines == 1 or node.workload != "training" or layout.fixed_nodes:
@@ -123,11 +127,11 @@ def _over_machines(node: Node, config: StageConfig, cluster: Cluster) -> StageCo
     return spread
 
 
-def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageConfig:
+def _config_on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageConfig:
     """The config of a stage on the devices that its jobs request from a scheduler."""
     gpus = (entry.gpus or 0) if cluster.scheduler_has_gpus else 0
     if node.workload == "training":
-        return _over_nodes(node, entry.nodes, gpus)
+        return _spread_over_nodes(node, entry.nodes, gpus)
     if node.workload not in ARRAY_KINDS:
         return node.config
     replicas = node.stage.layout(node.config).processes
@@ -144,7 +148,7 @@ def _on_scheduler(node: Node, entry: StageSection, cluster: Cluster) -> StageCon
     return node.config
 
 
-def _over_nodes(node: Node, nodes: int | None, gpus: int) -> StageConfig:
+def _spread_over_nodes(node: Node, nodes: int | None, gpus: int) -> StageConfig:
     """The config of a training on machines with `gpus` each; without GPUs with as many processes as the config says."""
     layout = node.stage.layout(node.config)
     if nodes is not None and layout.fixed_nodes and nodes != layout.nodes:

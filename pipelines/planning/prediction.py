@@ -41,7 +41,7 @@ class Prediction:
         """Time in which the stage holds its devices."""
         return self.start + self.load + self.compute + self.handoff
 
-    def faster(self, share: float) -> "Prediction":
+    def sped_up(self, share: float) -> "Prediction":
         """The prediction with all times reduced by a share."""
         left = 1 - share
         return replace(
@@ -60,7 +60,7 @@ class Predictor(Protocol):
         """Predict a placed stage. None means unknown, which must never be counted as zero."""
 
 
-def drawn_factor(chance: random.Random, error: float) -> float:
+def random_factor(chance: random.Random, error: float) -> float:
     """A random factor for a prediction: lognormal with mean 1, and the prediction's error as its standard deviation."""
     width = math.sqrt(math.log1p(error * error))
     return math.exp(chance.gauss(0.0, 1.0) * width - width * width / 2)

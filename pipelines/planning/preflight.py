@@ -122,7 +122,7 @@ def _requirements(node: Node, graph: Graph, without_weights: bool) -> Iterator[C
     """The requirements of a node's existing external models, as functions that raise UserError."""
     for use in node.stage.models(node.config):
         only_shape = without_weights and not any(use.path.glob("*.safetensors"))
-        if graph.owner(use.path) is None and use.path.exists() and not only_shape:
+        if graph.producer_name(use.path) is None and use.path.exists() and not only_shape:
             try:
                 model = ModelInfo.read(use.path)
             except UserError:

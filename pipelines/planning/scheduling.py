@@ -17,11 +17,11 @@ Streams = Mapping[str, tuple[str, float]]
 """By stages that stream from another one: its name, and the share of their own time that remains after it has ended."""
 LOCAL = "local"
 QUEUED, PAUSED, FINISHING = "queued", "paused", "finishing"
-BESIDE = -1
+NO_DEVICE = -1
 """The device number of stages without devices."""
 
 
-class Turn:
+class Admission:
     """Decides for one stage after another, the most urgent first, whether it may start next to the running ones.
 
     Devices that an urgent stage waits for are not given to later ones. Otherwise stages that need few devices could
@@ -39,7 +39,7 @@ class Turn:
 
     def admits(self, placement: Placement) -> bool:
         """Whether a stage may start now; if so, it takes its devices."""
-        shares = self._cluster.shares(placement)
+        shares = self._cluster.sharing_limit(placement)
         if shares is not None:
             taken, kept = self._taken.get(placement.executor, ()), self._kept.get(placement.executor, 0)
             barred = kept | (taken[shares - 1] if shares <= len(taken) else 0)
@@ -59,7 +59,7 @@ class Turn:
             taken[number] ^= here
             bits ^= here
 
-    def start_again(self) -> None:
+    def reset(self) -> None:
         """Start another pass from the most urgent stage on: drop the reservations of devices for waiting stages."""
         self._kept.clear()
 
@@ -74,10 +74,10 @@ class Turn:
 
 
 def _devices(placement: Placement) -> list[Device]:
-    return [(placement.executor, device) for device in placement.devices or (BESIDE,)]
+    return [(placement.executor, device) for device in placement.devices or (NO_DEVICE,)]
 
 
-def in_order(graph: Graph, config: RunConfig) -> list[Node]:
+def start_order(graph: Graph, config: RunConfig) -> list[Node]:
     """The stages, those with the longest chain of dependents first.
 
     If retention deletes weights after their policy is evaluated, the order is that of the iterations, so that one is
@@ -90,7 +90,7 @@ def streams(graph: Graph, config: RunConfig) -> Streams:
     """The stages that stream from others; after the other stage has ended, the work on its last shard remains."""
     found = {}
     for node in graph.nodes.values() if config.placement.streaming else ():
-        maker = graph.followed(node)
+        maker = graph.streams_from(node)
         if maker is not None:
             answers = GraphOutlook(graph).answers_of(maker.output)
             found[node.name] = (maker.name, 1 / max(1, answers.shards) if answers is not None else 1.0)
@@ -115,7 +115,7 @@ class StageWork(NamedTuple):
 class StageTimes(NamedTuple):
     """The times of a stage, in seconds from the beginning."""
 
-    asked: float
+    submitted: float
     """When the driver starts it."""
     start: float
     """When it gets its devices."""
@@ -145,11 +145,11 @@ def schedule(
     """
     nodes = list(nodes)
     works = {node.name: StageWork(seconds[node.name]) for node in nodes if node.name not in done}
-    spans = course(nodes, cluster, works, running, streams)
+    spans = simulate_schedule(nodes, cluster, works, running, streams)
     return {name: (span.start, span.end) for name, span in spans.items()}
 
 
-def course(
+def simulate_schedule(
     nodes: Iterable[Node],
     cluster: Cluster,
     works: Mapping[str, StageWork],
@@ -185,7 +185,7 @@ def course(
     maker = [rank.get(streams[node.name][0]) if node.name in streams else None for node in left]
     followers = [number for number, followed in enumerate(maker) if followed is not None]
 
-    turn = Turn(cluster)
+    turn = Admission(cluster)
     now = effort = (
         0.0  # effort: seconds of work done by a stage that has always run; less than `now` after any slowdown
     )
@@ -272,7 +272,7 @@ def course(
         if not count and idle[number]:
             heapq.heappush(lines[number], number)
     while True:
-        turn.start_again()
+        turn.reset()
         fronts = [(line[0], place) for place, line in ready.items() if line]
         heapq.heapify(fronts)
         while fronts:
@@ -364,7 +364,9 @@ def _earliest(
     return ends, before
 
 
-def shortest(nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})) -> float:
+def shortest_time(
+    nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})
+) -> float:
     """A lower bound of the time of a run in any order: the critical path, or the total work of one device."""
     nodes = list(nodes)
     work: dict[Device, float] = {}

@@ -16,7 +16,7 @@ from pipelines.config.executor import LOCAL_KINDS
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.prediction import Prediction, Predictor
-from pipelines.planning.scheduling import StageTimes, StageWork, Streams, course
+from pipelines.planning.scheduling import StageTimes, StageWork, Streams, simulate_schedule
 
 SHOWN = 3
 """Maximum number of stages that a message names."""
@@ -33,7 +33,7 @@ class DriverCosts:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ScheduleConditions:
     """What determines a schedule in addition to the stages' order, devices and times."""
 
     streams: Streams = field(default_factory=dict)
@@ -45,9 +45,11 @@ class Surroundings:
     room: float = math.inf
     """The amount of the shared resource."""
 
-    def course(self, order: Sequence[Node], cluster: Cluster, works: Mapping[str, StageWork]) -> dict[str, StageTimes]:
+    def simulate(
+        self, order: Sequence[Node], cluster: Cluster, works: Mapping[str, StageWork]
+    ) -> dict[str, StageTimes]:
         """The times of each stage."""
-        return course(
+        return simulate_schedule(
             order,
             cluster,
             works,
@@ -78,7 +80,7 @@ class Simulation:
     cluster: Cluster
     predictions: Mapping[str, Prediction]
     times: Mapping[str, StageTimes]
-    surroundings: Surroundings = Surroundings()
+    conditions: ScheduleConditions = ScheduleConditions()
     unknown: tuple[str, ...] = ()
     """Stages that take no time here because nothing is known of them; if there are any, all results are lower
     bounds."""
@@ -121,7 +123,7 @@ class Simulation:
         placement = node.placement
         if placement is None or not node.stage.uses_devices(node.config):
             return 0
-        return len(placement.devices) if placement.executor in LOCAL_KINDS else self.cluster.asked_of(node)
+        return len(placement.devices) if placement.executor in LOCAL_KINDS else self.cluster.requested_devices(node)
 
     @functools.cached_property
     def memory(self) -> dict[int, tuple[int, str]]:
@@ -150,7 +152,7 @@ class Simulation:
                 found[device] = max(found.get(device, (0, "")), peak)
         return found
 
-    def breaking(self, room: int) -> tuple[str, int] | None:
+    def exceeding(self, room: int) -> tuple[str, int] | None:
         """The stage that exceeds `room` bytes on one device (or of a machine without GPUs), and the peak; None if none
         does."""
         peak, stage = max(self.memory.values(), default=(0, ""))
@@ -188,7 +190,7 @@ class Simulation:
         name = max(self.times, key=lambda name: self.times[name].end, default=None)
         while name is not None:
             node, times = nodes[name], self.times[name]
-            before = [need for need in node.needs if need in self.times and self.times[need].end <= times.asked]
+            before = [need for need in node.needs if need in self.times and self.times[need].end <= times.submitted]
             last = max(before, key=lambda need: self.times[need].end, default=None)
             ready = self.times[last].end if last is not None else 0.0
             why = "inputs" if last is not None else "nothing"
@@ -196,7 +198,7 @@ class Simulation:
                 (
                     other
                     for other, theirs in self.times.items()
-                    if ready < theirs.end <= times.asked and self._share(node, nodes[other])
+                    if ready < theirs.end <= times.submitted and self._share(node, nodes[other])
                 ),
                 key=lambda other: self.times[other].end,
                 default=None,
@@ -270,14 +272,14 @@ def simulate(
     order: Sequence[Node],
     cluster: Cluster,
     predictions: Mapping[str, Prediction],
-    surroundings: Surroundings = Surroundings(),
+    conditions: ScheduleConditions = ScheduleConditions(),
     *,
     bound: bool = False,
 ) -> Simulation:
     """Simulate the stages of a placed graph with their predicted times.
 
     Args:
-        order: the stages, the most urgent first (`scheduling.in_order`).
+        order: the stages, the most urgent first (`scheduling.start_order`).
         cluster: the cluster that they are placed on.
         predictions: predictions by stage.
         surroundings: streaming, driver costs and contention.
@@ -288,16 +290,16 @@ def simulate(
     """
     unknown = tuple(node.name for node in order if node.name not in predictions)
     if unknown and not bound:
-        raise UserError(f"how long the run takes cannot be said: {unknown_in_words(unknown)}")
+        raise UserError(f"how long the run takes cannot be said: {describe_unknown(unknown)}")
     works = {name: StageWork(0.0) for name in unknown}
     for name, one in predictions.items():
-        demand = surroundings.demands.get(name, 0.0)
+        demand = conditions.demands.get(name, 0.0)
         works[name] = StageWork(one.seconds, one.queue, demand, finish=one.finish)
-    times = surroundings.course(order, cluster, works)
-    return Simulation(order, cluster, predictions, times, surroundings, unknown)
+    times = conditions.simulate(order, cluster, works)
+    return Simulation(order, cluster, predictions, times, conditions, unknown)
 
 
-def gains(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
+def sensitivities(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
     """By kind of stage, the share of the run's time that is saved if these stages take 10 % less, the largest first.
 
     Kinds with a large gain are the bottleneck; those that have slack gain nothing.
@@ -306,15 +308,15 @@ def gains(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
     found = {}
     for kind in dict.fromkeys(kind_of(node) for node in simulation.order):
         less = {
-            name: one.faster(faster) if kind_of(nodes[name]) == kind else one
+            name: one.sped_up(faster) if kind_of(nodes[name]) == kind else one
             for name, one in simulation.predictions.items()
         }
-        other = simulate(simulation.order, simulation.cluster, less, simulation.surroundings, bound=True)
+        other = simulate(simulation.order, simulation.cluster, less, simulation.conditions, bound=True)
         found[kind] = 1 - other.total / simulation.total if simulation.total else 0.0
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def unknown_in_words(unknown: Sequence[str]) -> str:
+def describe_unknown(unknown: Sequence[str]) -> str:
     """A message that names the stages without a prediction, and says what to do about it."""
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     return (

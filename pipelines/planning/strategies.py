@@ -133,7 +133,7 @@ def _parts(graph: Graph, nodes: list[Node], cluster: Cluster) -> dict[str, tuple
     groups: dict[tuple[str | None, int], list[Node]] = {}
     for node in nodes:
         if node.workload == "scoring":
-            answers = graph.owner(node.path("rollouts"))
+            answers = graph.producer_name(node.path("rollouts"))
             if answers not in levels:
                 levels[answers] = _levels(answers, alike[node.iteration])
             groups.setdefault((answers, levels[answers].get(node.name, 0)), []).append(node)

@@ -9,7 +9,7 @@ from pipelines.environments.launch import EnvironmentConfig
 from pipelines.graph import Graph
 from pipelines.planning.cluster import Cluster, cluster_of
 from pipelines.planning.entries import choose_variant
-from pipelines.planning.hub import Commits, OnHub
+from pipelines.planning.hub import Commits, HubResolver
 from pipelines.planning.iterations import curriculum_beyond_run, lag_beyond_run, require_iterations
 from pipelines.planning.placement import placed_graph
 from pipelines.run.directory import dated, recorded_commits
@@ -87,5 +87,5 @@ def read_run(
     config = dated(load_run_config(source, overrides))
     wanted = require_iterations(config, iterations)
     choose_variant(config.executor)
-    hub = OnHub(recorded_commits(config), download=download)
-    return hub.locate(config), wanted, hub.commits
+    hub = HubResolver(recorded_commits(config), download=download)
+    return hub.resolve(config), wanted, hub.commits

@@ -94,9 +94,15 @@ def why_kept(
         (averages[-1:], "the last average"),
         (critics[-1:], "the last critic, with which more iterations go on"),
         (policies[-1 - graph.lag :], f"more iterations sample from it, at lag={graph.lag}"),
-        ([graph.owner(policy_of(node, graph)) for node in judges if node.name not in published], "not judged yet"),
-        ([graph.owner(best_of(rows, refused(graph))[0])] if rows else [], "the best so far"),
-        ([graph.owner(best_of(rows, refused(graph) | undecided)[0])] if rows else [], "the best where gates decide"),
+        (
+            [graph.producer_name(policy_of(node, graph)) for node in judges if node.name not in published],
+            "not judged yet",
+        ),
+        ([graph.producer_name(best_of(rows, refused(graph))[0])] if rows else [], "the best so far"),
+        (
+            [graph.producer_name(best_of(rows, refused(graph) | undecided)[0])] if rows else [],
+            "the best where gates decide",
+        ),
         ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
         (waiting, "not on the Hub yet"),
     ):

@@ -36,7 +36,7 @@ def verdicts(graph: Graph, config: RunConfig, forced: list[str]) -> dict[str, Ve
     moved: dict[str, Path] = {}  # present place of the outputs in superseded/ that would be restored
 
     def where(path: Path) -> Path:
-        owner = graph.owner(path) if moved else None
+        owner = graph.producer_name(path) if moved else None
         place = moved.get(owner) if owner else None
         return place / path.relative_to(graph.nodes[owner].output) if owner and place else path
 

@@ -87,7 +87,7 @@ def test_a_rollback_goes_on_from_the_best_with_changed_values(run):
     run.drive(5, gates(worse=BACK), "retention.keep=best")
     graph = graph_of(run, 5, gates(worse=BACK))
     trained = {node.iteration: node for node in graph.nodes.values() if node.role == "training"}
-    models = {iteration: graph.owner(node.path("model")) for iteration, node in trained.items()}
+    models = {iteration: graph.producer_name(node.path("model")) for iteration, node in trained.items()}
     assert [models[i] for i in (1, 2, 3)] == ["setup/sft", name_of(1, "training"), name_of(2, "training")]
     assert [models[i] for i in (4, 5)] == [name_of(2, "training")] * 2
     betas = {iteration: node.config.settings.get("beta", 0.1) for iteration, node in trained.items()}
@@ -116,9 +116,9 @@ def test_with_a_lag_what_was_sampled_from_a_policy_that_is_left_behind_is_made_a
     started = run.drive(6, LATER, "lag=1")
     graph = graph_of(run, 6, LATER, "lag=1")
     assert graph.rollbacks == {name_of(4, "gate"): 2, name_of(6, "gate"): 2}
-    sampled = [graph.owner(graph.nodes[name_of(i, "generation")].path("policy")) for i in (3, 4, 5, 6)]
+    sampled = [graph.producer_name(graph.nodes[name_of(i, "generation")].path("policy")) for i in (3, 4, 5, 6)]
     assert sampled == [name_of(i, "training") for i in (1, 2, 2, 2)]
-    assert graph.owner(graph.nodes[name_of(5, "training")].path("model")) == name_of(2, "training")
+    assert graph.producer_name(graph.nodes[name_of(5, "training")].path("model")) == name_of(2, "training")
     assert started.count(name_of(5, "generation")) == 2, "before the decision, and after it"
     assert started.count(name_of(4, "generation")) == started.count(name_of(5, "training")) == 1
     assert started.index(name_of(5, "training")) > started.index(name_of(4, "gate"))
@@ -229,7 +229,7 @@ def test_a_fork_knows_what_the_gates_of_its_past_have_decided(run):
     target, _ = fork(RunDirectory.existing(run.path), 4, ["training.learning_rate=0.5"], None)
     forked = build_graph(load_run_config(target / CONFIG, []), 4)
     trained = forked.nodes[name_of(4, "training")]
-    assert forked.owner(trained.path("model")) == name_of(2, "training")
+    assert forked.producer_name(trained.path("model")) == name_of(2, "training")
     assert (trained.config.learning_rate, trained.config.settings["beta"]) == (0.5, 0.3)
 
 

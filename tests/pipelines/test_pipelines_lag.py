@@ -78,7 +78,7 @@ def ancestors(graph: Graph, name: str) -> set[str]:
 
 def sampler_of(graph: Graph, name: str) -> int:
     """The iteration whose policy answers in a stage."""
-    policy = graph.maker(graph.nodes[name].path("policy"))
+    policy = graph.producer(graph.nodes[name].path("policy"))
     assert policy is not None
     assert policy.role == "training" or policy.name == "setup/sft"
     return policy.iteration or 0
@@ -101,7 +101,7 @@ def test_no_sample_is_older_than_the_bound(base: dict[str, Any], run: Any) -> No
         trained = {graph.nodes[name].iteration for name in ancestors(graph, name_of(iteration, "generation"))}
         assert max((number for number in trained if number is not None), default=0) == expected
         training = graph.nodes[name_of(iteration, "training")]
-        start = graph.maker(training.path("model"))
+        start = graph.producer(training.path("model"))
         assert start is not None
         assert (start.iteration or 0) == iteration - 1, "the training itself starts at the last policy"
         data = [name for name in training.needs if graph.nodes[name].role in ("pairs", "experience")]

@@ -16,7 +16,7 @@ from pipelines.graph import Graph, Placement
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster, cluster_of
 from pipelines.planning.placement import place
-from pipelines.planning.scheduling import Turn
+from pipelines.planning.scheduling import Admission
 
 LIMITS = st.none() | st.integers(1, 4)
 SETTINGS = st.fixed_dictionaries(
@@ -72,7 +72,7 @@ def test_stages_of_an_executor_run_at_once_up_to_its_limit(
     given = cluster(config, executor, gpus)
     placements = [node.placement for node in place(logical, given).nodes.values() if node.placement is not None]
     order.shuffle(placements)
-    turn = Turn(given, [])
+    turn = Admission(given, [])
     taken: list[Placement] = []
     for placement in placements:
         beside = sum(other.executor == placement.executor for other in taken)
@@ -86,13 +86,13 @@ def test_stages_of_an_executor_run_at_once_up_to_its_limit(
 def test_stages_with_devices_of_their_own_run_side_by_side(config: RunConfig) -> None:
     here = cluster(config, {"parallel": 1}, 4)
     left, right = Placement("local", (0, 1)), Placement("local", (2, 3))
-    assert Turn(here, [left]).admits(right)
-    assert not Turn(here, [left]).admits(Placement("local", (1, 2)))
-    assert not Turn(here, [left, right]).admits(left)
+    assert Admission(here, [left]).admits(right)
+    assert not Admission(here, [left]).admits(Placement("local", (1, 2)))
+    assert not Admission(here, [left, right]).admits(left)
 
 
 def test_devices_that_an_urgent_stage_waits_for_are_given_to_no_later_one(config: RunConfig) -> None:
-    turn = Turn(cluster(config, {"parallel": 1}, 4), [Placement("local", (0,))])
+    turn = Admission(cluster(config, {"parallel": 1}, 4), [Placement("local", (0,))])
     assert not turn.admits(Placement("local", (0, 1)))
     assert not turn.admits(Placement("local", (1,))), "it would keep the first one out"
     assert turn.admits(Placement("local", (2, 3)))

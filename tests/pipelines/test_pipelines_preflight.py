@@ -15,8 +15,8 @@ from pipelines.planning.inspection import (
     differing_vocabularies,
     request_of,
     requests_of,
-    too_few,
-    without_answers,
+    scorers_without_answers,
+    too_small_sets,
 )
 
 SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "review the film:"}]}
@@ -123,10 +123,10 @@ def test_a_mixture_needs_an_answer_in_one_of_its_sets(smallest: Path, world: Pat
     imports = [node.name for node in graph.nodes.values() if node.stage.command == "prompts"]
     names = [name for name in imports if "heldout" not in name]
     assert len(names) == 2
-    assert list(without_answers(graph, names[:1])) == []
-    (finding,) = dict.fromkeys(without_answers(graph, names))
+    assert list(scorers_without_answers(graph, names[:1])) == []
+    (finding,) = dict.fromkeys(scorers_without_answers(graph, names))
     assert "/one.jsonl and " in finding.found
-    assert list(without_answers(graph, [])) == []
+    assert list(scorers_without_answers(graph, [])) == []
 
 
 def mixture(folder: Path, source: object, count: int, **keys: str) -> list[str]:
@@ -160,7 +160,7 @@ def test_prompts_are_counted_for_what_iterations_draw(smallest: Path) -> None:
         graph = build_graph(load_run_config(smallest, overrides), 3)
         stage = request_of(graph.nodes["prompts/train/few"], graph)
         counts = sample(SamplingRequest((stage,))).counts
-        return [finding.found for finding in too_few(graph, counts)]
+        return [finding.found for finding in too_small_sets(graph, counts)]
 
     assert found(6) == []
     (text,) = found(9)

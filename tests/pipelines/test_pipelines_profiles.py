@@ -32,17 +32,17 @@ from pipelines.planning.profiles.analytic import (
     matrices,
     training_seconds,
 )
-from pipelines.planning.profiles.datasheets import data_sheet, data_sheets, matching
+from pipelines.planning.profiles.datasheets import data_sheet, data_sheets, matching_sheet
 from pipelines.planning.profiles.predict import (
-    ASSUMED,
+    ASSUMED_ERRORS,
     FINISH_SECONDS,
     QUEUE_SECONDS,
     ProfilePredictor,
-    Task,
+    StageFeatures,
     _line,
 )
 from pipelines.planning.profiles.rows import Profile, Timing, _spent
-from pipelines.planning.profiles.store import KEPT, ProfileStore, decode_profiles, latest_of_each
+from pipelines.planning.profiles.store import MAX_PER_GROUP, ProfileStore, decode_profiles, latest_of_each
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import ListenerFailed, StagePublished
 
@@ -74,13 +74,13 @@ def row(number: int, compute: float = 10.0, **changes: object) -> Profile:
     return Profile(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def task(**changes: object) -> Task:
+def task(**changes: object) -> StageFeatures:
     fields = {
         "stage": "policy", "variant": "dpo", "code": 2, "package": "training", "executor": "local",
         "device": "H100-SXM", "threads": 0, "work": TRAINING, "rows": None, "bytes": None,
         "first": False, "loaded": True,
     }  # fmt: skip
-    return Task(**{**fields, **changes})  # type: ignore[arg-type]
+    return StageFeatures(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 class TestStore:
@@ -108,7 +108,7 @@ class TestStore:
 
     def test_a_large_store_keeps_the_latest_of_each_kind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [row(number, work=TRAINING if number % 2 else SAMPLING) for number in range(59)]
-        assert [found.id for found in latest_of_each(rows)] == [found.id for found in rows[-2 * KEPT :]]
+        assert [found.id for found in latest_of_each(rows)] == [found.id for found in rows[-2 * MAX_PER_GROUP :]]
         store = ProfileStore(tmp_path)
         store.append(rows)
         monkeypatch.setattr("pipelines.planning.profiles.store.MOST_BYTES", 1000)
@@ -150,7 +150,7 @@ class TestDataSheets:
             data_sheet(name)
 
     def test_every_one_says_where_it_is_from(self) -> None:
-        assert matching("AMD EPYC 7763 64-Core Processor") is None
+        assert matching_sheet("AMD EPYC 7763 64-Core Processor") is None
         for sheet in data_sheets().values():
             assert "data sheet" in sheet.source or "white paper" in sheet.source
             assert sheet.bf16 >= sheet.fp32 > sheet.bandwidth > 0
@@ -210,8 +210,8 @@ class TestAnalytic:
 
 
 class TestPredictions:
-    def judged(self, predictor: ProfilePredictor, wanted: Task) -> tuple[float, str, float, str]:
-        found = predictor._judged(wanted)
+    def judged(self, predictor: ProfilePredictor, wanted: StageFeatures) -> tuple[float, str, float, str]:
+        found = predictor._estimate(wanted)
         assert found is not None
         judged, error, source = found
         return judged.costs.compute, judged.basis, error, source
@@ -247,16 +247,16 @@ class TestPredictions:
         predictor = ProfilePredictor([row(1, device="A100")], "H100")
         compute, basis, error, source = self.judged(predictor, task())
         assert (compute, basis) == (compute_seconds(TRAINING, data_sheet("H100")), "analytic")
-        assert error == ASSUMED["analytic"]
+        assert error == ASSUMED_ERRORS["analytic"]
         assert "NVIDIA H100 Tensor Core GPU data sheet" in source
         assert "error is assumed" in source
         made = task(stage="value-head", work=None, bytes=10**11)
-        found = predictor._judged(made)
+        found = predictor._estimate(made)
         assert found is not None
         assert found[0].costs.load > 10
         light = task(stage="pairs", work=None, rows=1000)
         assert self.judged(predictor, light)[1] == "analytic"
-        assert predictor._judged(replace(light, rows=None)) is None
+        assert predictor._estimate(replace(light, rows=None)) is None
 
     def test_light_stages_of_another_processor_are_no_measure(self) -> None:
         light = {"stage": "pairs", "variant": "", "work": None}
@@ -275,14 +275,14 @@ class TestPredictions:
         expected = math.sqrt(sum(share**2 for share in shares) / len(shares))
         assert self.judged(predictor, task())[2] == pytest.approx(expected)
         few = ProfilePredictor([row(1, 10.0), row(2, 20.0)], "H100")
-        assert self.judged(few, task())[2] == ASSUMED["measured"]
+        assert self.judged(few, task())[2] == ASSUMED_ERRORS["measured"]
 
     def test_what_was_loaded_already_says_nothing_of_loading(self) -> None:
         cold, warm = row(1, load=30.0), row(2, load=0.1, loaded=False, expected=False)
         predictor = ProfilePredictor([cold, warm], "H100")
-        loads = [predictor._judged(task(loaded=loaded))[0].costs.load for loaded in (True, False)]  # type: ignore[index]
+        loads = [predictor._estimate(task(loaded=loaded))[0].costs.load for loaded in (True, False)]  # type: ignore[index]
         assert loads == [30.0, 0.1]
-        only_warm = ProfilePredictor([warm], "H100")._judged(task(loaded=True))
+        only_warm = ProfilePredictor([warm], "H100")._estimate(task(loaded=True))
         assert only_warm is not None
         assert only_warm[0].costs.load > 10
         assert only_warm[0].basis == "scaled"
@@ -300,12 +300,12 @@ class TestPredictions:
         asked = task(executor="slurm", first=True)
         assert (predictor._queue(asked), predictor._queue(task(stage="sft", **job))) == (90.0, 30.0)
         assert predictor._finish(asked) == 45.0, "that of an array, whose job is the same"
-        judged = predictor._judged(asked)
+        judged = predictor._estimate(asked)
         assert judged is not None
         assert (judged[0].costs.start, judged[0].basis) == (8.0, "measured")
         nobody = ProfilePredictor(rows[4:], "H100")
         assert (nobody._queue(asked), nobody._finish(asked)) == (QUEUE_SECONDS, FINISH_SECONDS)
-        known = nobody._judged(asked)
+        known = nobody._estimate(asked)
         assert known is not None
         assert known[0].basis == "scaled", "no job has shown how it starts"
 
@@ -314,7 +314,7 @@ class TestPredictions:
         four = replace(TRAINING, layout=ModelLayout(dp=4))
 
         def start(work: Operations, rows: list[Profile]) -> float:
-            found = ProfilePredictor(rows, "H100", cores=2)._judged(task(work=work))
+            found = ProfilePredictor(rows, "H100", cores=2)._estimate(task(work=work))
             assert found is not None
             return found[0].costs.start
 

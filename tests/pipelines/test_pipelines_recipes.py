@@ -17,7 +17,7 @@ from embedded import imdb
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import cluster_of
-from pipelines.planning.memory import device_of, estimated
+from pipelines.planning.memory import device_of, estimate_memory
 from pipelines.planning.placement import place
 from pipelines.planning.sizes import read_size
 from training.config import TrainingConfig
@@ -78,7 +78,7 @@ def test_a_recipe_fits_the_hardware_that_it_names(recipe: Path, cache: Path, tmp
     device = device_of(config)
     assert device.gpus == config.hardware.gpus  # type: ignore[union-attr]
     graph = place(build_graph(config, min(config.iterations, 3)), cluster_of(config, device.gpus))
-    needs, unknown = estimated(graph, on_gpu=True)
+    needs, unknown = estimate_memory(graph, on_gpu=True)
     assert unknown == {}
     trained = [node.name for node in graph.nodes.values() if isinstance(node.config, TrainingConfig)]
     assert trained
@@ -170,7 +170,7 @@ def table() -> Iterator[str]:
     for recipe in RECIPES:
         config = load_run_config(recipe, [])
         graph = place(build_graph(config, 1), cluster_of(config, device_of(config).gpus))
-        needs, _ = estimated(graph, on_gpu=True)
+        needs, _ = estimate_memory(graph, on_gpu=True)
         totals = [needs.get(f"iteration-001/{stage}") for stage in STAGES]
         cells = [f"{need.total / (1 << 30):.1f}" if need else "" for need in totals]
         yield f"| {recipe.stem} | {' | '.join(cells)} |"

@@ -22,8 +22,8 @@ from pipelines.main import main
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_graph
 from pipelines.planning.prediction import Prediction
-from pipelines.planning.scheduling import in_order, schedule, shortest, streams
-from pipelines.planning.simulation import DriverCosts, Surroundings, simulate
+from pipelines.planning.scheduling import schedule, shortest_time, start_order, streams
+from pipelines.planning.simulation import DriverCosts, ScheduleConditions, simulate
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StagePublished, StageStarted
 
@@ -71,11 +71,11 @@ def drive(
         elif isinstance(event, StagePublished):
             spans[event.stage] = (begun[event.stage].time, event.time)
     took = {name: end - since for name, (since, end) in spans.items()}
-    times = schedule(in_order(graph, config), cluster_of(config), took)
+    times = schedule(start_order(graph, config), cluster_of(config), took)
     return Found(
         busy=covered(spans.values()),
         planned=max(end for _, end in times.values()),
-        shortest=shortest(graph.nodes.values(), took),
+        shortest=shortest_time(graph.nodes.values(), took),
         alone=sum(took.values()),
         spans=spans,
         given={name: event.devices for name, event in begun.items()},
@@ -201,8 +201,8 @@ def test_a_simulation_has_the_order_of_the_run_and_about_its_length(
         name: Prediction(seconds.get(node.role, 0.0), 0.0, 0.0, 0.0, 0.0, None, "measured", 0.0, "told")
         for name, node in graph.nodes.items()
     }
-    surroundings = Surroundings(streams(graph, config), DriverCosts(0.0, 0.0))
-    before = simulate(in_order(graph, config), cluster_of(config), told, surroundings)
+    conditions = ScheduleConditions(streams(graph, config), DriverCosts(0.0, 0.0))
+    before = simulate(start_order(graph, config), cluster_of(config), told, conditions)
     found = drive(smallest, plan, recipe=recipe, iterations=2, seconds=seconds, clock=clock)
     long = [name for name, node in graph.nodes.items() if seconds.get(node.role)]
     lanes: dict[tuple[int, ...], list[str]] = {}
@@ -215,6 +215,6 @@ def test_a_simulation_has_the_order_of_the_run_and_about_its_length(
         assert simulated_order == sorted(lane, key=lambda name: found.spans[name][0]), plan
     assert found.busy == pytest.approx(before.total, abs=0.1)
     for name in long:
-        maker, _ = surroundings.streams.get(name, ("", 0.0))
+        maker, _ = conditions.streams.get(name, ("", 0.0))
         if maker and before.times[name].start < before.times[maker].end:
             assert found.spans[name][0] < found.spans[maker][1], f"{name} follows {maker} in both"

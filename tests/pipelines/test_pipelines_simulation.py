@@ -23,18 +23,18 @@ from pipelines.insight.gantt import picture
 from pipelines.insight.simulation import as_json, in_sentences, view_simulation
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster, cluster_of_machines
-from pipelines.planning.draws import Draws, draw_runs, pieces_of
+from pipelines.planning.draws import Draws, draw_runs, resume_interval
 from pipelines.planning.placement import place
 from pipelines.planning.prediction import Prediction
-from pipelines.planning.scheduling import StageWork, course, in_order, schedule, streams
+from pipelines.planning.scheduling import StageWork, schedule, simulate_schedule, start_order, streams
 from pipelines.planning.search.evaluation import ExpectedRun
 from pipelines.planning.simulation import (
     DriverCosts,
+    ScheduleConditions,
     Simulation,
-    Surroundings,
     contention,
-    gains,
     predict_all,
+    sensitivities,
     simulate,
     with_queue,
 )
@@ -66,14 +66,14 @@ def planned(path: Path, plan: Any, gpus: int = 4, iterations: int = 2, *more: st
 def simulated(path: Path, plan: Any, *more: str, known: Known | None = None, **options: Any) -> Simulation:
     config, cluster, graph = planned(path, plan, 4, 2, *more)
     found = predict_all(graph, known or Known())
-    surroundings = Surroundings(streams=streams(graph, config), **options)
-    return simulate(in_order(graph, config), cluster, found, surroundings)
+    conditions = ScheduleConditions(streams=streams(graph, config), **options)
+    return simulate(start_order(graph, config), cluster, found, conditions)
 
 
 def test_it_says_what_the_plan_says_of_the_same_durations(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, "interleaving")
     predictions = predict_all(graph, Known())
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     found = simulate(order, cluster, predictions)
     times = schedule(order, cluster, {name: one.seconds for name, one in predictions.items()})
     assert {name: (one.start, one.end) for name, one in found.times.items()} == times
@@ -100,22 +100,22 @@ def test_device_seconds_are_held_and_computed_in(shared_smallest: Path) -> None:
 def test_memory_on_a_device_is_that_of_the_stages_that_have_it_at_the_same_time(shared_smallest: Path) -> None:
     found = simulated(shared_smallest, "separation", known=Known(gib=50))
     assert {device: peak for device, (peak, _) in found.memory.items()} == dict.fromkeys(range(4), 50 * GIB)
-    assert found.breaking(80 * GIB) is None
-    stage, wanted = found.breaking(40 * GIB) or ("", 0)
+    assert found.exceeding(80 * GIB) is None
+    stage, wanted = found.exceeding(40 * GIB) or ("", 0)
     assert wanted == 50 * GIB
     assert stage.rpartition("/")[2] in SECONDS
     crowded = simulated(shared_smallest, "flattening", known=Known(SECONDS | {"heldout/generation": 60.0}, gib=50))
     assert crowded.cluster.parallel == 2
     alone = simulate(crowded.order, replace(crowded.cluster, parallel=1), crowded.predictions)
-    assert alone.breaking(80 * GIB) is None
-    assert crowded.breaking(80 * GIB) is not None, "held-out answers are sampled beside those of the next iteration"
-    assert crowded.breaking(100 * GIB) is None
+    assert alone.exceeding(80 * GIB) is None
+    assert crowded.exceeding(80 * GIB) is not None, "held-out answers are sampled beside those of the next iteration"
+    assert crowded.exceeding(100 * GIB) is None
 
 
 def test_what_nobody_knows_is_refused_or_a_bound_that_says_so(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, "flattening")
     known = {name: one for name, one in predict_all(graph, Known()).items() if not name.endswith("/training")}
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     with pytest.raises(UserError, match="nothing is known of what setup/reward-model/training, iteration-001/training"):
         simulate(order, cluster, known)
     bound = simulate(order, cluster, known, bound=True)
@@ -127,8 +127,8 @@ def test_the_driver_starts_and_takes_note_of_one_stage_after_another(shared_smal
     plain = simulated(shared_smallest, "flattening")
     costly = simulated(shared_smallest, "flattening", driver=DriverCosts(start=1.0, end=0.5))
     assert plain.total + 1.5 * len(plain.path) <= costly.total <= plain.total + 1.5 * len(plain.times)
-    first = [one for one in sorted(costly.times.values()) if one.asked < 4]
-    assert all(after.asked - before.asked >= 1.0 for before, after in pairwise(first))
+    first = [one for one in sorted(costly.times.values()) if one.submitted < 4]
+    assert all(after.submitted - before.submitted >= 1.0 for before, after in pairwise(first))
 
 
 def test_stages_that_share_cores_slow_each_other_by_as_much_as_they_want_too_much(shared_smallest: Path) -> None:
@@ -138,21 +138,23 @@ def test_stages_that_share_cores_slow_each_other_by_as_much_as_they_want_too_muc
     assert room == 2
     nodes = [replace(node, needs=()) for node in list(graph.nodes.values())[:4]]
     works = {node.name: StageWork(10.0, demand=uses[node.name]) for node in nodes}
-    assert {one.end for one in course(nodes, cluster, works, room=room).values()} == {20.0}, "four on two cores"
+    assert {one.end for one in simulate_schedule(nodes, cluster, works, room=room).values()} == {20.0}, (
+        "four on two cores"
+    )
     works[nodes[0].name] = StageWork(4.0, demand=1.0)
-    ends = [one.end for one in course(nodes, cluster, works, room=room).values()]
+    ends = [one.end for one in simulate_schedule(nodes, cluster, works, room=room).values()]
     assert ends == pytest.approx([8.0, 17.0, 17.0, 17.0]), "after 8 s three are left, and each has 2/3 of a core"
     assert contention(nodes, machine("interleaving", 0, 2), 1) == ({}, math.inf), "cores of their own"
 
 
 def test_a_stage_that_fails_gives_its_devices_back_and_comes_again(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, "flattening")
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     works = {node.name: StageWork(10.0) for node in order}
-    before = course(order, cluster, works)
+    before = simulate_schedule(order, cluster, works)
     name = "iteration-001/training"
     works[name] = StageWork(10.0, failures=((4.0, 100.0),))
-    after = course(order, cluster, works)
+    after = simulate_schedule(order, cluster, works)
     assert after[name].held == pytest.approx(14.0)
     assert after[name].end >= before[name].start + 114.0
     assert after[name].start == before[name].start
@@ -162,10 +164,10 @@ def test_a_stage_that_fails_gives_its_devices_back_and_comes_again(shared_smalle
 
 def test_waiting_for_a_scheduler_holds_no_device(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, "flattening")
-    order = in_order(graph, config)
-    found = course(order, cluster, {node.name: StageWork(10.0, queue=5.0) for node in order})
+    order = start_order(graph, config)
+    found = simulate_schedule(order, cluster, {node.name: StageWork(10.0, queue=5.0) for node in order})
     for one in found.values():
-        assert one.start - one.asked == pytest.approx(5.0)
+        assert one.start - one.submitted == pytest.approx(5.0)
         assert one.held == pytest.approx(10.0)
 
 
@@ -173,7 +175,7 @@ def test_a_job_that_publishes_what_others_made_holds_no_device_and_keeps_later_s
     shared_smallest: Path,
 ) -> None:
     config, cluster, graph = planned(shared_smallest, {"strategy": "flattening"})
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     alone = simulate(order, cluster, predict_all(graph, Known()))
     known = {
         name: replace(one, finish=30.0) if name == "iteration-001/training" else one
@@ -187,7 +189,7 @@ def test_a_job_that_publishes_what_others_made_holds_no_device_and_keeps_later_s
 
 
 def test_what_has_time_to_spare_gains_nothing_by_being_faster(shared_smallest: Path) -> None:
-    found = gains(simulated(shared_smallest, "separation"))
+    found = sensitivities(simulated(shared_smallest, "separation"))
     assert next(iter(found)) == "training"
     assert found["training"] == pytest.approx(0.1 * 200 / 400)
     assert found["evaluation"] == 0.0
@@ -210,7 +212,7 @@ def test_runs_that_are_drawn_take_longer_where_more_goes_wrong_and_the_same_seed
     config, cluster, graph = planned(shared_smallest, "flattening")
     known = predict_all(graph, Known({role: 60 * time for role, time in SECONDS.items()}))
     certain = {name: replace(one, error=0.0) for name, one in known.items()}
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     sure, unsure = simulate(order, cluster, certain), simulate(order, cluster, known)
     assert set(drawn(sure, config, graph).totals) == {sure.total}
     found = drawn(unsure, config, graph)
@@ -235,9 +237,9 @@ def test_a_failed_stage_goes_on_from_its_finished_shards(shared_smallest: Path) 
     config, _cluster, graph = planned(shared_smallest, "flattening", 1)
     generation = graph.nodes["iteration-001/generation"]
     one = Known().predict(generation, graph)
-    assert pieces_of(generation, graph, one) == pytest.approx(one.compute / 3), "three shards"
+    assert resume_interval(generation, graph, one) == pytest.approx(one.compute / 3), "three shards"
     training = graph.nodes["iteration-001/training"]
-    assert pieces_of(training, graph, one) == config.training.checkpoint_seconds
+    assert resume_interval(training, graph, one) == config.training.checkpoint_seconds
 
 
 def test_machines_are_one_large_one_and_a_training_knows_in_how_many_its_processes_are(shared_smallest: Path) -> None:
@@ -282,7 +284,7 @@ def test_a_number_is_short_for_the_seconds_of_the_queue(tmp_path: Path) -> None:
 
 def test_a_run_that_hardly_ever_ends_has_no_median(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, {"strategy": "flattening"})
-    found = simulate(in_order(graph, config), cluster, predict_all(graph, Known()))
+    found = simulate(start_order(graph, config), cluster, predict_all(graph, Known()))
     machines = machines_of(hours_between_failures=0.01)
     draws = draw_runs(found, graph, config.executor, machines, count=20, seed=3)
     view = view_simulation(found, graph, config, machines=machines, draws=draws, seed=3)
@@ -296,7 +298,7 @@ def test_a_run_that_hardly_ever_ends_has_no_median(shared_smallest: Path) -> Non
 
 def test_stages_without_devices_keep_none_busy_however_it_is_asked(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, {"strategy": "flattening"})
-    order = in_order(graph, config)
+    order = start_order(graph, config)
     found = simulate(order, cluster, predict_all(graph, Known(short=50.0)))
     (pool,) = view_simulation(found, graph, config, machines=machines_of()).plan.pools
     assert pool.idle == found.idle[""] == ExpectedRun(config.placement, found, {}).idle > 0
@@ -306,7 +308,7 @@ def test_stages_without_devices_keep_none_busy_however_it_is_asked(shared_smalle
 
 def test_it_is_said_in_words_with_cost_and_bottleneck_and_what_is_not_known(shared_smallest: Path) -> None:
     config, cluster, graph = planned(shared_smallest, {"strategy": "separation", "pools": {"generation": 3}})
-    found = simulate(in_order(graph, config), cluster, predict_all(graph, Known()))
+    found = simulate(start_order(graph, config), cluster, predict_all(graph, Known()))
     draws = draw_runs(found, graph, config.executor, None, count=20, seed=3)
     view = view_simulation(found, graph, config, machines=machines_of(), room=8 * GIB, draws=draws, seed=3)
     said = "\n".join(in_sentences(view))

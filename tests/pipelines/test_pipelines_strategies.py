@@ -24,7 +24,7 @@ from pipelines.graph import Graph, Placement
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.placement import place, placed_if_possible
-from pipelines.planning.scheduling import critical_path, in_order, schedule, shortest, streams
+from pipelines.planning.scheduling import critical_path, schedule, shortest_time, start_order, streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StageStarted
 
@@ -97,7 +97,7 @@ def test_whatever_the_plan_every_stage_runs_after_its_inputs_and_none_shares_a_d
         placed = place(logical, cluster)
     except UserError:
         return
-    order = in_order(placed, config)
+    order = start_order(placed, config)
     times = schedule(order, cluster, {name: lengths.choice((1.0, 2.0, 5.0)) for name in placed.nodes})
     assert times.keys() == placed.nodes.keys()
     for name, node in placed.nodes.items():
@@ -241,7 +241,7 @@ def test_an_urgent_stage_that_needs_all_devices_is_not_kept_out_by_those_that_ne
     cluster = machine("interleaving")
     placed = place(logical, cluster)
     seconds = {name: 10.0 if "heldout" in name else 1.0 for name in placed.nodes}
-    times = schedule(in_order(placed, config), cluster, seconds)
+    times = schedule(start_order(placed, config), cluster, seconds)
     first = [times[f"iteration-{number:03d}/training"] for number in (1, 2)]
     ready = max(times[need][1] for need in placed.nodes["iteration-001/training"].needs)
     assert first[0][0] - ready <= 10.0, "one held-out stage at most goes before it"
@@ -253,7 +253,7 @@ def test_a_stage_that_runs_already_keeps_its_devices_and_what_is_done_takes_no_t
 ) -> None:
     cluster = machine("separation")
     placed = place(logical, cluster)
-    order = in_order(placed, config)
+    order = start_order(placed, config)
     done = [node.name for node in order if node.iteration is None or node.iteration == 0]
     seconds = dict.fromkeys(placed.nodes, 2.0)
     times = schedule(order, cluster, seconds, ["iteration-001/generation"], done)
@@ -271,7 +271,7 @@ def test_a_scorer_that_follows_is_planned_beside_its_generation(shared_smallest:
     assert followers[scorer] == (generation, pytest.approx(1 / 3)), "three shards"
     assert "iteration-001/pairs" not in followers
     seconds = dict.fromkeys(placed.nodes, 0.0) | {scorer: 6.0, generation: 9.0, "iteration-001/training": 1.0}
-    order = in_order(placed, config)
+    order = start_order(placed, config)
     plain, streamed = schedule(order, cluster, seconds), schedule(order, cluster, seconds, streams=followers)
     assert plain[scorer][0] == plain[generation][1]
     assert streamed[scorer] == (streamed[generation][0], streamed[generation][1] + 2.0)
@@ -279,7 +279,7 @@ def test_a_scorer_that_follows_is_planned_beside_its_generation(shared_smallest:
     on_path = critical_path(placed.nodes.values(), seconds, followers)
     assert on_path.index(scorer) == on_path.index(generation) + 1
     nodes = placed.nodes.values()
-    assert shortest(nodes, seconds, followers) == pytest.approx(shortest(nodes, seconds) - 4.0)
+    assert shortest_time(nodes, seconds, followers) == pytest.approx(shortest_time(nodes, seconds) - 4.0)
     assert critical_path(nodes, {generation: 9.0}, followers) == [generation], (
         "of what is published nothing is waited for"
     )

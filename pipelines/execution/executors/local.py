@@ -21,7 +21,7 @@ from pipelines.execution.supervisor import RUN, AttemptRequest
 from pipelines.execution.warm import WarmProcesses, devices_of
 from pipelines.graph import Node, Placement
 from pipelines.machine import gpu_count, host_memory
-from pipelines.planning.cluster import threads_here
+from pipelines.planning.cluster import default_threads
 from pipelines.planning.estimates import memory
 from pipelines.run.events import JobEnded
 
@@ -46,7 +46,7 @@ class LocalExecutor(Executor):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._threads = threads_here(site.config.executor)
+        self._threads = default_threads(site.config.executor)
         self._warm = WarmProcesses(self.run.path / "logs" / "warm") if site.config.executor.warm else None
         self._heavy: dict[tuple[str, Placement | None], list[Node]] | None = None
 

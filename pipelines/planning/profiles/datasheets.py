@@ -82,7 +82,7 @@ def data_sheet(name: str) -> DataSheet:
     for sheet in sheets.values():
         if name.casefold() in map(str.casefold, sheet.matches):
             return sheet
-    if name.casefold().startswith(VENDOR) and (found := matching(name)) is not None:
+    if name.casefold().startswith(VENDOR) and (found := matching_sheet(name)) is not None:
         return found
     known = [*sheets, *itertools.chain.from_iterable(sheet.matches for sheet in sheets.values())]
     raise UserError(
@@ -107,7 +107,7 @@ def sheet_of_machines(machines: MachinesSection) -> DataSheet:
     )
 
 
-def matching(device: str) -> DataSheet | None:
+def matching_sheet(device: str) -> DataSheet | None:
     """The data sheet of a device by the name that its driver reports; None if there is none."""
     fits = [(len(part), sheet) for sheet in data_sheets().values() for part in sheet.matches if _has(device, part)]
     return max(fits, key=lambda fit: fit[0])[1] if fits else None
@@ -118,9 +118,9 @@ def _has(device: str, part: str) -> bool:
     return re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", device, re.IGNORECASE) is not None
 
 
-def name_of(device: str) -> str:
+def canonical_name(device: str) -> str:
     """The name of a device in profiles: that of its data sheet for a known GPU, else the driver's."""
-    sheet = matching(device)
+    sheet = matching_sheet(device)
     return device if sheet is None else sheet.name
 
 
@@ -133,4 +133,4 @@ def device_here() -> str:
 
 def sheet_of(device: str) -> DataSheet:
     """The data sheet of a device by its name in profiles; that of a CPU core if it is no known GPU."""
-    return data_sheets().get(device) or matching(device) or data_sheets()[CPU]
+    return data_sheets().get(device) or matching_sheet(device) or data_sheets()[CPU]

@@ -23,18 +23,18 @@ from pipelines.graph import Graph, Node
 from pipelines.planning.prediction import Basis, Prediction
 from pipelines.planning.profiles import analytic
 from pipelines.planning.profiles.analytic import Costs
-from pipelines.planning.profiles.datasheets import DataSheet, name_of, sheet_of
-from pipelines.planning.profiles.rows import Profile, amount_of, beginnings
+from pipelines.planning.profiles.datasheets import DataSheet, canonical_name, sheet_of
+from pipelines.planning.profiles.rows import Profile, planned_work, start_states
 from pipelines.planning.profiles.store import latest_of_each
 from pipelines.text import plural
 
 NEAREST = 8
 """Maximum number of runs that a prediction is made from: the nearest ones, and the latest of these."""
-FEW = 3
+MIN_COMPARISONS = 3
 """Minimum number of comparisons with measurements from which an error is computed."""
-ASSUMED: dict[Basis, float] = {"measured": 0.3, "scaled": 0.5, "analytic": 1.0}
+ASSUMED_ERRORS: dict[Basis, float] = {"measured": 0.3, "scaled": 0.5, "analytic": 1.0}
 """The assumed error if there are fewer."""
-SPREAD = 1.5
+MIN_SPREAD = 1.5
 """Minimum ratio of the largest to the smallest amount of work for fitting a line."""
 QUEUE_SECONDS = 60.0
 """Assumed queue time of a scheduler without profiled jobs."""
@@ -43,7 +43,7 @@ FINISH_SECONDS = QUEUE_SECONDS + analytic.LIGHT_START_SECONDS
 
 
 @dataclass(frozen=True)
-class Task:
+class StageFeatures:
     """The properties of a stage that decide how long it takes."""
 
     stage: str
@@ -67,7 +67,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Estimate:
     """Predicted times of a stage by phase."""
 
     costs: Costs
@@ -107,7 +107,7 @@ class ProfilePredictor:
             detached: whether no driver handles the end of a scheduler's jobs, so that trainings also have a further job
                 that does, like arrays always have.
         """
-        self.device = name_of(device)
+        self.device = canonical_name(device)
         self.sheet = sheet or sheet_of(device)
         self.processor = processor if processor is not None else "" if self.sheet.is_gpu else self.device
         self._threads = threads
@@ -121,35 +121,42 @@ class ProfilePredictor:
                 if row.finish is None:
                     continue  # written by an earlier version, whose `start` includes the queue of another job
                 row = msgspec.structs.replace(row, first=True, expected=True)  # jobs do not share processes
-            row = msgspec.structs.replace(row, device=name_of(row.device))
+            row = msgspec.structs.replace(row, device=canonical_name(row.device))
             self._rows.setdefault((row.stage, row.variant), []).append(row)
-        self._known: dict[Task, tuple[_Judged, float, str] | None] = {}
+        self._known: dict[StageFeatures, tuple[_Estimate, float, str] | None] = {}
         self._costs: dict[tuple[Operations, str, int], Costs] = {}
         self._errors: dict[Basis, dict[str, list[float]]] | None = None
-        self._begun: WeakKeyDictionary[Graph, dict[str, tuple[bool, bool]]] = WeakKeyDictionary()
+        self._start_states: WeakKeyDictionary[Graph, dict[str, tuple[bool, bool]]] = WeakKeyDictionary()
 
     def predict(self, node: Node, graph: Graph) -> Prediction | None:
         """Predict a placed stage; None if too little is known."""
-        task = self.task_of(node, graph)
-        if task not in self._known:
-            self._known[task] = self._judged(task)
-        if (found := self._known[task]) is None:
+        features = self.features_of(node, graph)
+        if features not in self._known:
+            self._known[features] = self._estimate(features)
+        if (found := self._known[features]) is None:
             return None
-        judged, error, source = found
-        if judged.basis == "analytic" and task.work is None and task.bytes is None and node.stage.models(node.config):
+        estimate, error, source = found
+        if (
+            estimate.basis == "analytic"
+            and features.work is None
+            and features.bytes is None
+            and node.stage.models(node.config)
+        ):
             return None  # without the model's shape, the number of rows does not determine the time
-        costs, peak = judged.costs, judged.memory
+        costs, peak = estimate.costs, estimate.memory
         if peak is None:
-            peak = amount_of(node, graph, on_gpu=self.sheet.is_gpu).memory
+            peak = planned_work(node, graph, on_gpu=self.sheet.is_gpu).memory
         return Prediction(
             compute=costs.compute,
             load=costs.load,
             start=costs.start,
             handoff=costs.handoff,
-            queue=0.0 if task.executor in LOCAL_KINDS else self._queue(task),
-            finish=self._finish(task) if task.executor not in LOCAL_KINDS and node.workload in self._finished else 0.0,
+            queue=0.0 if features.executor in LOCAL_KINDS else self._queue(features),
+            finish=self._finish(features)
+            if features.executor not in LOCAL_KINDS and node.workload in self._finished
+            else 0.0,
             memory=peak,
-            basis=judged.basis,
+            basis=estimate.basis,
             error=error,
             source=source,
         )
@@ -158,14 +165,14 @@ class ProfilePredictor:
         """Whether there is a profile of any stage on this executor."""
         return any(row.executor == executor for rows in self._rows.values() for row in rows)
 
-    def task_of(self, node: Node, graph: Graph) -> Task:
+    def features_of(self, node: Node, graph: Graph) -> StageFeatures:
         """The properties of a placed stage that decide how long it takes."""
-        amount = amount_of(node, graph, on_gpu=self.sheet.is_gpu)
+        amount = planned_work(node, graph, on_gpu=self.sheet.is_gpu)
         executor = node.placement.executor if node.placement is not None else "local"
-        if (begun := self._begun.get(graph)) is None:
-            begun = self._begun[graph] = beginnings(graph, self._parallel)
-        first, loaded = begun[node.name]
-        return Task(
+        if (states := self._start_states.get(graph)) is None:
+            states = self._start_states[graph] = start_states(graph, self._parallel)
+        first, loaded = states[node.name]
+        return StageFeatures(
             stage=node.stage.name,
             variant=amount.variant,
             code=node.config.code_version,
@@ -180,46 +187,46 @@ class ProfilePredictor:
             loaded=loaded or not self._warm or executor not in LOCAL_KINDS,
         )
 
-    def _judged(self, task: Task) -> tuple[_Judged, float, str] | None:
-        judged = self._by_rows(task, self._rows.get(task.kind, [])) or self._by_sheet(task)
-        if judged is None:
+    def _estimate(self, features: StageFeatures) -> tuple[_Estimate, float, str] | None:
+        estimate = self._from_profiles(features, self._rows.get(features.kind, [])) or self._from_sheet(features)
+        if estimate is None:
             return None
-        errors = self._all_errors()[judged.basis]
-        own, all_of_them = errors.get(task.stage, []), [error for found in errors.values() for error in found]
-        known = own if len(own) >= FEW else all_of_them
-        if len(known) < FEW:
-            error, how = ASSUMED[judged.basis], "too few runs to compare: its error is assumed"
+        errors = self._all_errors()[estimate.basis]
+        own, all_of_them = errors.get(features.stage, []), [error for found in errors.values() for error in found]
+        known = own if len(own) >= MIN_COMPARISONS else all_of_them
+        if len(known) < MIN_COMPARISONS:
+            error, how = ASSUMED_ERRORS[estimate.basis], "too few runs to compare: its error is assumed"
         else:
             error = math.sqrt(statistics.fmean(error**2 for error in known))
-            what = task.stage if known is own else "all stages"
+            what = features.stage if known is own else "all stages"
             how = f"its error by {plural(len(known), 'comparison')} of {what} with what was measured"
-        if judged.basis == "analytic":
-            said = f"by the data sheet: {self.sheet.source}" if task.work is not None else "by its rows and bytes"
+        if estimate.basis == "analytic":
+            said = f"by the data sheet: {self.sheet.source}" if features.work is not None else "by its rows and bytes"
         else:
-            of = "alike" if judged.basis == "measured" else "of other sizes or layouts, by the ratio of their costs"
-            said = f"by {plural(judged.runs, 'run')} {of}"
-        return judged, error, f"{said}; {how}"
+            of = "alike" if estimate.basis == "measured" else "of other sizes or layouts, by the ratio of their costs"
+            said = f"by {plural(estimate.runs, 'run')} {of}"
+        return estimate, error, f"{said}; {how}"
 
     # From profiles
 
-    def _by_rows(self, task: Task, rows: Sequence[Profile]) -> _Judged | None:
+    def _from_profiles(self, features: StageFeatures, rows: Sequence[Profile]) -> _Estimate | None:
         """Predict from the nearest profiles of a kind: the median of their times, each scaled by the ratio of the
         costs."""
         tiers: dict[int, list[Profile]] = {}
         for row in rows:
-            if (tier := _tier(task, row)) is not None:
+            if (tier := _tier(features, row)) is not None:
                 tiers.setdefault(tier, []).append(row)
         if not tiers:
             return None
         tier = min(tiers)
-        near = sorted(tiers[tier], key=lambda row: self._distance(task, row))[:NEAREST]
-        ratios = [self._ratios(task, row) for row in near]
-        begun = (task.first, task.executor in LOCAL_KINDS)
-        alike = any((row.first, row.executor in LOCAL_KINDS) == begun for row in _begun_as(task, near))
-        return _Judged(
+        near = sorted(tiers[tier], key=lambda row: self._distance(features, row))[:NEAREST]
+        ratios = [self._ratios(features, row) for row in near]
+        start = (features.first, features.executor in LOCAL_KINDS)
+        alike = any((row.first, row.executor in LOCAL_KINDS) == start for row in _same_loading(features, near))
+        return _Estimate(
             Costs(
-                start=self._start(task, near),
-                load=self._load(task, near, [row for key in sorted(tiers) for row in tiers[key]]),
+                start=self._start(features, near),
+                load=self._load(features, near, [row for key in sorted(tiers) for row in tiers[key]]),
                 compute=self._compute(near, ratios, tier),
                 handoff=_median(row.handoff * ratio.handoff for row, ratio in zip(near, ratios, strict=True)),
             ),
@@ -233,95 +240,98 @@ class ProfilePredictor:
         """The median of the scaled compute times. If only the amounts of work differ, and differ enough, a line is
         fitted instead, because a part of the time is the same for any amount."""
         amounts = [1 / ratio.compute for ratio in ratios]
-        if tier == 1 and max(amounts) > SPREAD * min(amounts):
+        if tier == 1 and max(amounts) > MIN_SPREAD * min(amounts):
             fixed, rate = _line(amounts, [row.compute for row in near])
             return fixed + rate
         return _median(row.compute * ratio.compute for row, ratio in zip(near, ratios, strict=True))
 
-    def _load(self, task: Task, near: Sequence[Profile], rows: Sequence[Profile]) -> float:
+    def _load(self, features: StageFeatures, near: Sequence[Profile], rows: Sequence[Profile]) -> float:
         """The load time of stages that also had to load their model or engine, or that also reused it, like this one.
 
         Args:
             rows: all profiles that may be used, the most similar first.
         """
-        alike = _begun_as(task, near) or _begun_as(task, rows)[:NEAREST]
+        alike = _same_loading(features, near) or _same_loading(features, rows)[:NEAREST]
         load = _median(
-            row.load * self._ratios(task, row).load * self._crowding(task) / self._crowding(row)
+            row.load
+            * self._ratios(features, row).load
+            * self._processes_per_core(features)
+            / self._processes_per_core(row)
             for row in alike or near
         )
-        if not alike and task.loaded and task.work is not None:  # none of the profiles includes loading
-            return max(load, self._cost(task.work, task).load)
+        if not alike and features.loaded and features.work is not None:  # none of the profiles includes loading
+            return max(load, self._cost(features.work, features).load)
         return load
 
-    def _start(self, task: Task, near: Sequence[Profile]) -> float:
+    def _start(self, features: StageFeatures, near: Sequence[Profile]) -> float:
         """The start time of stages that were first in their environment, or were not, like this one.
 
         A stage with one process is forked from one that has imported its libraries; several processes import them
         themselves. So neither case predicts the other.
         """
-        several = _processes(task) > 1
-        of_package = [row for rows in self._rows.values() for row in rows if row.package == task.package]
+        several = _processes(features) > 1
+        of_package = [row for rows in self._rows.values() for row in rows if row.package == features.package]
         for rows in (near, of_package):
-            same = [row for row in rows if row.executor == task.executor and (_processes(row) > 1) == several]
-            if alike := [row.start for row in same if several or row.first == task.first]:
+            same = [row for row in rows if row.executor == features.executor and (_processes(row) > 1) == several]
+            if alike := [row.start for row in same if several or row.first == features.first]:
                 return _median(alike)
         known = _median(row.start for row in near)
-        if task.first or several or task.executor not in LOCAL_KINDS:
-            known = max([known, self._starting(task), *(row.start for row in of_package if row.first)])
-        return known * self._crowding(task)
+        if features.first or several or features.executor not in LOCAL_KINDS:
+            known = max([known, self._default_start(features), *(row.start for row in of_package if row.first)])
+        return known * self._processes_per_core(features)
 
-    def _crowding(self, one: Task | Profile) -> float:
+    def _processes_per_core(self, one: StageFeatures | Profile) -> float:
         """The number of processes of a stage per core while they start, at least 1."""
         return 1.0 if self._cores is None else max(1.0, _processes(one) / self._cores)
 
-    def _ratios(self, task: Task, row: Profile) -> Costs:
+    def _ratios(self, features: StageFeatures, row: Profile) -> Costs:
         """The ratios of the costs of a stage to those of a profile."""
-        if task.work is None or row.work is None:
-            if bool(task.rows) != bool(row.rows) or bool(task.bytes) != bool(row.bytes):
+        if features.work is None or row.work is None:
+            if bool(features.rows) != bool(row.rows) or bool(features.bytes) != bool(row.bytes):
                 return Costs(1.0, 1.0, 1.0, 1.0)
-            mine = analytic.light_costs(task.rows or 0, task.bytes or 0, self.sheet)
+            mine = analytic.light_costs(features.rows or 0, features.bytes or 0, self.sheet)
             its = analytic.light_costs(row.rows, row.bytes, self.sheet)
             load = mine.load / its.load if its.load else 1.0
             return Costs(1.0, load, mine.compute / its.compute, mine.handoff / its.handoff)
-        mine, its = self._cost(task.work, task), self._cost(row.work, replace(task, threads=row.threads))
+        mine, its = self._cost(features.work, features), self._cost(row.work, replace(features, threads=row.threads))
         return Costs(1.0, mine.load / its.load, mine.compute / its.compute, mine.handoff / its.handoff)
 
-    def _distance(self, task: Task, row: Profile) -> float:
-        ratios = self._ratios(task, row)
+    def _distance(self, features: StageFeatures, row: Profile) -> float:
+        ratios = self._ratios(features, row)
         return abs(math.log(max(ratios.compute, 1e-9)))
 
-    def _queue(self, task: Task) -> float:
+    def _queue(self, features: StageFeatures) -> float:
         """The median queue time of jobs of the same stage, which request as much; else of all jobs of the scheduler."""
-        jobs = [row for rows in self._rows.values() for row in rows if row.executor == task.executor]
-        alike = [row for row in jobs if row.stage == task.stage]
+        jobs = [row for rows in self._rows.values() for row in rows if row.executor == features.executor]
+        alike = [row for row in jobs if row.stage == features.stage]
         return _median(row.queue for row in alike or jobs) if jobs else QUEUE_SECONDS
 
-    def _finish(self, task: Task) -> float:
+    def _finish(self, features: StageFeatures) -> float:
         """The median time of jobs that publish what tasks have made; those that finalize trainings are similar."""
         waits = [
             row.finish
             for rows in self._rows.values()
             for row in rows
-            if row.executor == task.executor and row.finish is not None and _is_array(row)
+            if row.executor == features.executor and row.finish is not None and _is_array(row)
         ]
         return _median(waits) if waits else FINISH_SECONDS
 
     # From a data sheet
 
-    def _by_sheet(self, task: Task) -> _Judged | None:
-        if task.work is not None:
-            return _Judged(self._cost(task.work, task), "analytic", 0)
-        if task.rows is None and task.bytes is None:
+    def _from_sheet(self, features: StageFeatures) -> _Estimate | None:
+        if features.work is not None:
+            return _Estimate(self._cost(features.work, features), "analytic", 0)
+        if features.rows is None and features.bytes is None:
             return None
-        return _Judged(analytic.light_costs(task.rows or 0, task.bytes or 0, self.sheet), "analytic", 0)
+        return _Estimate(analytic.light_costs(features.rows or 0, features.bytes or 0, self.sheet), "analytic", 0)
 
-    def _starting(self, task: Task) -> float:
-        return analytic.START_SECONDS.get(task.package, analytic.LIGHT_START_SECONDS)
+    def _default_start(self, features: StageFeatures) -> float:
+        return analytic.START_SECONDS.get(features.package, analytic.LIGHT_START_SECONDS)
 
-    def _cost(self, work: Operations, task: Task) -> Costs:
-        key = (work, task.package, task.threads)
+    def _cost(self, work: Operations, features: StageFeatures) -> Costs:
+        key = (work, features.package, features.threads)
         if key not in self._costs:
-            self._costs[key] = analytic.model_costs(work, task.package, _with_threads(self.sheet, task.threads))
+            self._costs[key] = analytic.model_costs(work, features.package, _with_threads(self.sheet, features.threads))
         return self._costs[key]
 
     # Prediction errors
@@ -333,55 +343,59 @@ class ProfilePredictor:
         errors: dict[Basis, dict[str, list[float]]] = {"measured": {}, "scaled": {}, "analytic": {}}
         for rows in self._rows.values():
             for number, row in enumerate(rows):
-                task = _task_of(row)
-                if task.work is not None and row.device != self.device:
+                features = _features_of(row)
+                if features.work is not None and row.device != self.device:
                     continue
                 others = rows[:number] + rows[number + 1 :]
-                unlike = [other for other in others if _tier(task, other) != 0]
-                for judged in (self._by_rows(task, others), self._by_rows(task, unlike), self._by_sheet(task)):
-                    if judged is not None:
-                        costs = judged.costs
+                unlike = [other for other in others if _tier(features, other) != 0]
+                for estimate in (
+                    self._from_profiles(features, others),
+                    self._from_profiles(features, unlike),
+                    self._from_sheet(features),
+                ):
+                    if estimate is not None:
+                        costs = estimate.costs
                         whole = max(costs.start + costs.load + costs.compute + costs.handoff, 1e-9)
-                        errors[judged.basis].setdefault(task.stage, []).append((row.seconds - whole) / whole)
+                        errors[estimate.basis].setdefault(features.stage, []).append((row.seconds - whole) / whole)
         self._errors = errors
         return errors
 
 
-def _task_of(row: Profile) -> Task:
-    fields = {name: getattr(row, name) for name in Task.__dataclass_fields__}
-    return Task(**{**fields, "rows": row.rows or None, "bytes": row.bytes or None})
+def _features_of(row: Profile) -> StageFeatures:
+    fields = {name: getattr(row, name) for name in StageFeatures.__dataclass_fields__}
+    return StageFeatures(**{**fields, "rows": row.rows or None, "bytes": row.bytes or None})
 
 
-def _tier(task: Task, row: Profile) -> int | None:
+def _tier(features: StageFeatures, row: Profile) -> int | None:
     """The dissimilarity of a profile: 0, it matches; 1, another amount of work; 2, another layout or number of threads,
     or for stages without a model another device; 3, another model; None: it cannot be used."""
-    if (task.work is None) != (row.work is None):
+    if (features.work is None) != (row.work is None):
         return None
-    if task.work is None or row.work is None:
-        same = task.rows in (row.rows or None, None) and task.bytes in (row.bytes or None, None)
-        return 0 if same and task.code == row.code and task.device == row.device else 1
-    if row.device != task.device:
+    if features.work is None or row.work is None:
+        same = features.rows in (row.rows or None, None) and features.bytes in (row.bytes or None, None)
+        return 0 if same and features.code == row.code and features.device == row.device else 1
+    if row.device != features.device:
         return None
-    if task.work.model != row.work.model:
+    if features.work.model != row.work.model:
         return 3
-    if task.work.layout != row.work.layout or task.threads != row.threads:
+    if features.work.layout != row.work.layout or features.threads != row.threads:
         return 2
-    return 0 if task.work == row.work and task.code == row.code else 1
+    return 0 if features.work == row.work and features.code == row.code else 1
 
 
 def _is_array(row: Profile) -> bool:
     return row.work is not None and row.work.kind != "training"
 
 
-def _processes(one: Task | Profile) -> int:
+def _processes(one: StageFeatures | Profile) -> int:
     return 1 if one.work is None else one.work.layout.processes
 
 
-def _begun_as(task: Task, rows: Sequence[Profile]) -> list[Profile]:
+def _same_loading(features: StageFeatures, rows: Sequence[Profile]) -> list[Profile]:
     """The profiles that loaded their model or engine, or reused it, as the task will. If there are none, those that
     were expected to: not every engine can be given other weights."""
-    found = [row for row in rows if row.loaded == task.loaded]
-    return found or [row for row in rows if row.expected == task.loaded]
+    found = [row for row in rows if row.loaded == features.loaded]
+    return found or [row for row in rows if row.expected == features.loaded]
 
 
 def _with_threads(sheet: DataSheet, threads: int) -> DataSheet:

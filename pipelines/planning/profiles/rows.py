@@ -15,7 +15,7 @@ from contracts.outlook import Outlook
 from pipelines.config.executor import LOCAL_KINDS
 from pipelines.graph import Graph, Node
 from pipelines.planning.estimates import GraphOutlook, memory
-from pipelines.planning.profiles.datasheets import device_here, matching
+from pipelines.planning.profiles.datasheets import device_here, matching_sheet
 
 VERSION = 1
 """Version of the profiles' format; profiles of other versions are not read."""
@@ -99,7 +99,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.start + self.load + self.compute + self.handoff
 
     @property
-    def alike(self) -> tuple[Any, ...]:
+    def match_key(self) -> tuple[Any, ...]:
         """The fields that are equal for stages that are expected to take equally long."""
         what = (self.stage, self.variant, self.code, self.executor, self.device, self.threads)
         return *what, self.work, self.rows, self.bytes, self.first, self.loaded
@@ -128,7 +128,7 @@ def planned_rows(node: Node, outlook: Outlook) -> int | None:
 
 
 @dataclass(frozen=True)
-class Amount:
+class PlannedWork:
     """The work of a stage, independent of where it runs."""
 
     variant: str
@@ -141,9 +141,9 @@ class Amount:
     """Estimated bytes on a device; None if small or not known."""
 
 
-def amount_of(node: Node, graph: Graph, *, on_gpu: bool) -> Amount:
+def planned_work(node: Node, graph: Graph, *, on_gpu: bool) -> PlannedWork:
     """The work of a stage, cached by layout for a graph and its copies."""
-    seen = graph.known(("amounts", node.name, on_gpu), dict[str, Amount])
+    seen = graph.cached(("amounts", node.name, on_gpu), dict[str, PlannedWork])
     assert seen is not None
     text = node.config.model_dump_json()  # a search tries thousands of layouts of one stage
     if (known := seen.get(text)) is not None:
@@ -154,12 +154,12 @@ def amount_of(node: Node, graph: Graph, *, on_gpu: bool) -> Amount:
     estimate = memory(node, graph, on_gpu=on_gpu)
     makes_model = node.stage.origin(node.config) is not None or node.stage.size(node.config) is not None
     written = node.stage.published_bytes(node.config, outlook) if work is None and makes_model else None
-    found = Amount(variant_of(node.config), work, rows, written, None if estimate is None else estimate.total)
+    found = PlannedWork(variant_of(node.config), work, rows, written, None if estimate is None else estimate.total)
     seen[text] = found
     return found
 
 
-def beginnings(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
+def start_states(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
     """By stage: whether it is the first of its environment, and whether it has to load its model or engine.
 
     It does not have to if a stage that it waits for leaves it loaded, or at least as many stages with the same label
@@ -182,21 +182,21 @@ def beginnings(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
 
 
 def profile_of(
-    node: Node, graph: Graph, manifest: Manifest, timing: Timing, executor: str, begun: tuple[bool, bool]
+    node: Node, graph: Graph, manifest: Manifest, timing: Timing, executor: str, start_state: tuple[bool, bool]
 ) -> Profile | None:
     """The profile of a published stage; None if its times do not cover all of its work.
 
     Args:
         node: the stage as it was placed.
         executor: the executor that ran it.
-        begun: the entry of the stage in `beginnings`.
+        start_state: the entry of the stage in `start_states`.
     """
-    first, expected = begun
+    first, expected = start_state
     seconds, facts = manifest.seconds, manifest.facts
     if facts.get("resumed_steps") or facts.get("resumed_from"):
         return None
     on_gpu = _on_gpu(node, manifest)
-    amount = amount_of(node, graph, on_gpu=on_gpu)
+    amount = planned_work(node, graph, on_gpu=on_gpu)
     work = amount.work
     spent = _spent(
         seconds, timing, 1 if work is None or work.kind == "training" else work.layout.dp, executor in LOCAL_KINDS
@@ -246,7 +246,7 @@ def _device(manifest: Manifest, *, on_gpu: bool) -> str:
     if told:
         return str(told)
     here = device_here()
-    if on_gpu == (matching(here) is not None):
+    if on_gpu == (matching_sheet(here) is not None):
         return here
     return processor() or str(manifest.hardware.get("machine", ""))
 

@@ -25,8 +25,8 @@ PATIENCE = 5.0
 """Seconds that a run waits while another one appends."""
 MOST_BYTES = 8 << 20
 """Size above which a file is reduced to the latest profiles of each kind."""
-KEPT = 12
-"""How many profiles of equal stages (`Profile.alike`) are kept."""
+MAX_PER_GROUP = 12
+"""How many profiles of equal stages (`Profile.match_key`) are kept."""
 _DECODER = msgspec.json.Decoder(Profile)
 
 
@@ -91,13 +91,13 @@ def _decoded(content: bytes) -> Iterator[Profile]:
             yield row
 
 
-def latest_of_each(profiles: Iterable[Profile], kept: int = KEPT) -> list[Profile]:
+def latest_of_each(profiles: Iterable[Profile], kept: int = MAX_PER_GROUP) -> list[Profile]:
     """The latest `kept` profiles of each group of equal stages, without duplicates, the oldest first."""
     counts: Counter[Any] = Counter()
     found: list[Profile] = []
     for row in sorted({row.id: row for row in profiles}.values(), key=lambda row: row.created, reverse=True):
-        counts[row.alike] += 1
-        if counts[row.alike] <= kept:
+        counts[row.match_key] += 1
+        if counts[row.match_key] <= kept:
             found.append(row)
     return found[::-1]
 

@@ -5,7 +5,7 @@ import random
 import statistics
 from dataclasses import dataclass
 
-from pipelines.planning.prediction import drawn_factor
+from pipelines.planning.prediction import random_factor
 from pipelines.planning.search.evaluation import QUEUE, ExpectedRun
 
 DRAWS = 200
@@ -64,7 +64,7 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
     pairs = []
     for factors in _draws(errors, seed):
         mine, other = found.seconds_with(factors), fixed.seconds_with(factors)
-        pairs.append(other * drawn_factor(chance, RUN_ERROR) - mine * drawn_factor(chance, RUN_ERROR))
+        pairs.append(other * random_factor(chance, RUN_ERROR) - mine * random_factor(chance, RUN_ERROR))
     wins = sum(pair > 0 for pair in pairs)
     return PlanComparison(fixed.seconds - found.seconds, statistics.pstdev(pairs), wins / len(pairs))
 
@@ -93,4 +93,4 @@ def measured_of(run: ExpectedRun) -> set[str]:
 
 def _draws(errors: dict[str, float], seed: int, count: int = DRAWS) -> list[dict[str, float]]:
     chance = random.Random(seed)
-    return [{shape: drawn_factor(chance, errors[shape]) for shape in sorted(errors)} for _ in range(count)]
+    return [{shape: random_factor(chance, errors[shape]) for shape in sorted(errors)} for _ in range(count)]

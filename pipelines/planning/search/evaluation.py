@@ -16,11 +16,11 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
-from pipelines.planning.memory import Device, size
-from pipelines.planning.placement import place, place_stage, written_sizes
+from pipelines.planning.memory import Device, format_bytes
+from pipelines.planning.placement import configured_sizes, place, place_stage
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import device_mistakes, layout_requirements
-from pipelines.planning.scheduling import Streams, in_order, streams
+from pipelines.planning.scheduling import Streams, start_order, streams
 from pipelines.planning.search.layouts import (
     Option,
     Options,
@@ -30,7 +30,14 @@ from pipelines.planning.search.layouts import (
     needed_memory,
 )
 from pipelines.planning.search.plans import WHOLE, PlanChoice, offsets
-from pipelines.planning.simulation import DriverCosts, Simulation, Surroundings, contention, simulate, unknown_in_words
+from pipelines.planning.simulation import (
+    DriverCosts,
+    ScheduleConditions,
+    Simulation,
+    contention,
+    describe_unknown,
+    simulate,
+)
 from pipelines.planning.strategies import placements
 
 QUEUE = "queue"
@@ -157,11 +164,11 @@ class ExpectedRun:
         seen, queue = self.simulation, factors.get(QUEUE, 1.0)
         scaled = {
             name: replace(
-                one.faster(1 - factors[self.shapes[name]]), queue=queue * one.queue, finish=queue * one.finish
+                one.sped_up(1 - factors[self.shapes[name]]), queue=queue * one.queue, finish=queue * one.finish
             )
             for name, one in seen.predictions.items()
         }
-        return simulate(seen.order, seen.cluster, scaled, seen.surroundings).total
+        return simulate(seen.order, seen.cluster, scaled, seen.conditions).total
 
 
 class ImpossiblePlanError(UserError):
@@ -172,7 +179,7 @@ class UnknownCostError(ImpossiblePlanError):
     """A plan has stages without a prediction."""
 
     def __init__(self, stages: Sequence[str]) -> None:
-        super().__init__(unknown_in_words(stages))
+        super().__init__(describe_unknown(stages))
         self.stages = tuple(stages)
 
 
@@ -215,21 +222,26 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
         room = int((estimate.share if estimate is not None else 1.0) * setting.device.bytes)
         sizes[name] = needed
         if needed > room and room_of_all and (setting.is_jobs or cluster.executor.entry(node).kind in LOCAL_KINDS):
-            raise ImpossiblePlanError(f"{name} needs {size(needed)} of {size(room)} on {setting.device.name}.")
-    order = in_order(graph, config)
+            raise ImpossiblePlanError(
+                f"{name} needs {format_bytes(needed)} of {format_bytes(room)} on {setting.device.name}."
+            )
+    order = start_order(graph, config)
     most = most_together(order, sizes, setting.beside(streaming=section.streaming), cluster, room_of_all)
     if most > room_of_all and not setting.is_jobs:
         raise ImpossiblePlanError(
-            f"stages that may run at the same time need {size(most)} together of {size(setting.device.bytes)} on "
-            f"{setting.device.name}."
+            f"stages that may run at the same time need {format_bytes(most)} together of "
+            f"{format_bytes(setting.device.bytes)} on {setting.device.name}."
         )
     if section.strategy == "colocated" and (kept := kept_loaded(order, sizes)) > setting.device.bytes:
         raise ImpossiblePlanError(
-            f"what stays loaded needs {size(kept)} together of {size(setting.device.bytes)} on {setting.device.name}."
+            f"what stays loaded needs {format_bytes(kept)} together of {format_bytes(setting.device.bytes)} on "
+            f"{setting.device.name}."
         )
-    surroundings = Surroundings(streams(graph, config), setting.driver, *contention(order, cluster, setting.threads))
+    conditions = ScheduleConditions(
+        streams(graph, config), setting.driver, *contention(order, cluster, setting.threads)
+    )
     largest = max(sizes.values(), default=0) if setting.is_jobs else 0
-    return ExpectedRun(section, simulate(order, cluster, predictions, surroundings), shapes_of(graph), largest)
+    return ExpectedRun(section, simulate(order, cluster, predictions, conditions), shapes_of(graph), largest)
 
 
 def shapes_of(graph: Graph) -> dict[str, str]:
@@ -349,13 +361,13 @@ class PlanTable:
         self.out_of_room = 0
         """Number of plans whose stages fit into memory one by one, but not together."""
         roles = {call.role for call in self.calls}
-        self._order = [node.name for node in in_order(setting.graph, setting.config)]
+        self._order = [node.name for node in start_order(setting.graph, setting.config)]
         self._others: dict[bool, dict[str, Node]] = {}
         self.fixed: dict[str, Prediction] = {}
         for divided, cluster in self._clusters.items():
             given = placements(setting.graph, cluster)
             self._others[divided] = {
-                name: place_stage(node, given[name], written_sizes(node, cluster.placement), cluster)
+                name: place_stage(node, given[name], configured_sizes(node, cluster.placement), cluster)
                 for name, node in setting.graph.nodes.items()
                 if node.role not in roles
             }
@@ -477,6 +489,6 @@ class PlanTable:
             return None
         shared = contention(order, cluster, self.setting.threads)
         following = self.streams if plan.streaming else {}
-        found = simulate(order, cluster, predictions, Surroundings(following, self.setting.driver, *shared))
+        found = simulate(order, cluster, predictions, ScheduleConditions(following, self.setting.driver, *shared))
         changes = sum(map(bool, plan.layouts)) + len(plan.pools) + plan.streaming
         return round(found.total, 6), round(found.held_seconds, 6), plan.divided + changes

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.planning.scheduling import shortest
+from pipelines.planning.scheduling import shortest_time
 from pipelines.planning.search.evaluation import PlanTable
 from pipelines.planning.search.layouts import Layout
 from pipelines.planning.search.plans import MOST_POOLS, WHOLE, PlanChoice, divisions
@@ -326,4 +326,4 @@ def bound(table: PlanTable) -> float:
         for number, node in enumerate(call.nodes):
             seconds[node.name] = min((option.predictions[number].seconds for option in options), default=0.0)
     nodes = [replace(node, placement=None) for node in table.setting.graph.nodes.values()]
-    return shortest(nodes, seconds, table.streams)
+    return shortest_time(nodes, seconds, table.streams)

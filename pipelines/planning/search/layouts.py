@@ -14,7 +14,7 @@ from pipelines.graph import Graph, Node, Placement
 from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
 from pipelines.planning.memory import Device, model_paths
-from pipelines.planning.placement import place_stage, written_sizes
+from pipelines.planning.placement import configured_sizes, place_stage
 from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import layout_requirements, origin_of
 
@@ -86,7 +86,7 @@ def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[Ro
     found = []
     for role, nodes in _by_role(graph, cluster, here=False).items():
         there = tuple(replace(node, placement=placed.nodes[node.name].placement) for node in nodes)
-        found.append(RoleStages(role, there, asked=cluster.asked_of(placed.nodes[nodes[-1].name])))
+        found.append(RoleStages(role, there, asked=cluster.requested_devices(placed.nodes[nodes[-1].name])))
     return found
 
 
@@ -201,7 +201,7 @@ class Options:
 
     def _place(self, node: Node, layout: Layout, given: Placement) -> Node:
         cluster = self._clusters[given.exclusive]
-        written = written_sizes(node, cluster.placement) if given.executor not in LOCAL_KINDS else {}
+        written = configured_sizes(node, cluster.placement) if given.executor not in LOCAL_KINDS else {}
         return place_stage(node, node.placement or given, {**written, **dict(layout)}, cluster)
 
     def _placed(self, call: RoleStages, layout: Layout, given: Placement) -> Node | None:

@@ -71,7 +71,7 @@ def _role(members: Sequence[Node], run: ExpectedRun) -> ExpectedRoleSection:
     queue time and waiting for shards, without the job that finalizes it."""
     known = [run.simulation.predictions[node.name] for node in members]
     times = [run.simulation.times[node.name] for node in members]
-    seconds = [_rounded(span.end - span.asked - one.finish) for span, one in zip(times, known, strict=True)]
+    seconds = [_rounded(span.end - span.submitted - one.finish) for span, one in zip(times, known, strict=True)]
     while len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= SAME * seconds[-1]:
         seconds.pop()
     return ExpectedRoleSection(
