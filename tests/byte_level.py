@@ -1,4 +1,4 @@
-"""Tokenizers as people's models have them: byte-level BPE, learnt in a moment, with a chat template of one's choice."""
+"""Writes realistic tokenizers: byte-level BPE, trained in an instant, with any chat template."""
 
 import json
 from pathlib import Path
@@ -34,12 +34,12 @@ def write_tokenizer(
     stop: list[str] | None = None,
     **settings: Any,
 ) -> Path:
-    """Write a tokenizer without transformers' help, as a model directory has it.
+    """Write the tokenizer files of a model directory, without using transformers.
 
     Args:
-        extra: special tokens beside BOS and EOS.
-        stop: tokens that generation_config.json ends answers with.
-        settings: of tokenizer_config.json.
+        extra: special tokens in addition to BOS and EOS.
+        stop: the stop tokens of generation_config.json.
+        settings: entries of tokenizer_config.json.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""Fixtures that several packages' tests share, and the tiers of the tests."""
+"""Fixtures that the tests of several packages share, and the tiers of tests."""
 
 import gc
 import json
@@ -17,12 +17,12 @@ from contracts.surroundings import THRESHOLD_OF_IMPORTS, imported
 # number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RATCHET_PROFILES", "off")  # of stages that only pretend to work nobody's predictions are made
+os.environ.setdefault("RATCHET_PROFILES", "off")  # fake stages must not add to the profiles
 
 gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # until the tests are collected
 
-# The same examples at every run: what is found by chance must not decide whether somebody else's change passes.
-# `--hypothesis-profile=default` looks for new ones. None fails because the machine is slow.
+# Every run uses the same examples, so that an unrelated change cannot fail by chance. `--hypothesis-profile=default`
+# tries new examples. No example fails because the machine is slow.
 hypothesis.settings.register_profile(
     "the same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -32,21 +32,22 @@ ROOT = Path(__file__).parents[1]
 DURATIONS = ROOT / "tests" / "durations.json"
 TIERS = ("slow", "cluster", "chaos")
 COSTLY = {"cluster": "cluster"} | dict.fromkeys(("finished_run", "world", "processed", "raw", "together"), "slow")
-"""The tier of whoever asks for these fixtures."""
+"""The tiers of tests that use these fixtures."""
 QUICK_SECONDS = 60.0
-"""What the variants of a test of the fast loop may take together, in the full command, whose lanes share the cores."""
+"""The most seconds that all variants of a test without a tier may take in total, measured by the full command, whose
+lanes share the cores."""
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The root of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut() -> Iterator[None]:
-    """What a process has written survives its kill also where it was not flushed; waiting for the disk was a large part
-    of the time of those tests that run in this process and in forks of it."""
+    """Disable fsync: tests kill processes, not machines, and a kill loses no written data. Waiting for the disk would
+    take a large part of the time of tests that run in this process and its forks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -54,7 +55,7 @@ def no_power_cut() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """What a test has the signals do, such as by a command that it calls in this process, ends with it."""
+    """Restore signal handlers after each test, since commands called in this process change them."""
     before = {number: signal.getsignal(number) for number in (*stopping.SIGNALS, *stopping.TERMINAL)}
     yield
     for number, handler in before.items():
@@ -62,14 +63,14 @@ def handlers() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """All is imported."""
+    """Undo the settings for the time of imports."""
     imported()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that ask for a costly fixture in its tier, and refuse slow ones that are in none.
+    """Put tests with a costly fixture into its tier, and fail if a slow test has no tier.
 
-    The tier goes into pytest's report, so that durations are stored by it.
+    The tier is written to pytest's report, so that durations are stored by tier.
     """
     stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     wrong = set()

@@ -1,4 +1,4 @@
-"""A tiny world for the tests of annotation: random models, rollouts and scores made on the spot."""
+"""Generates random tiny models, rollouts and scores for the tests of annotation."""
 
 import os
 import random
@@ -30,7 +30,7 @@ EOS = IDS["</s>"]
 
 
 def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The real command line, in a process of its own."""
+    """Run the real command line in a separate process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     result = subprocess.run(
         [sys.executable, "-m", "annotation", *map(str, arguments)],
@@ -43,7 +43,7 @@ def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subproc
 def publish(
     target: Path, schema: Schema, shards: Iterable[list[Any]], inputs: dict[str, Any] | None = None, **known: Any
 ) -> Artifact:
-    """Publish records directly, as a stage would."""
+    """Publish records directly, like a stage."""
     publication = Publication(target, schema, schema.name, target.name)
     publication.begin()
     for index, rows in enumerate(shards):
@@ -55,7 +55,7 @@ def publish(
 
 
 def make_rollout(number: int, texts: list[str], *, seed: int = 0, temperature: float = 1.0) -> Rollout:
-    """One prompt with an answer per text; a text without a final full stop is a truncated answer."""
+    """A rollout with an answer per text; a text without a final full stop is a truncated answer."""
     rng = random.Random(f"{seed}-{number}")
     messages = (Message("user", f"review the film {'long ' * number}"),)
     prompt = [IDS["<s>"], IDS["<|user|>"], *(IDS[word] for word in messages[0].content.split()), IDS["<|assistant|>"]]
@@ -78,7 +78,7 @@ def make_rollout(number: int, texts: list[str], *, seed: int = 0, temperature: f
 
 
 def make_rollouts(prompts: int, k: int, *, seed: int = 0, **known: Any) -> list[Rollout]:
-    """Random answers of uneven length, some truncated."""
+    """Rollouts with random answers of varying length, some of them truncated."""
     rng = random.Random(seed)
 
     def text() -> str:
@@ -99,7 +99,7 @@ def publish_rollouts(
 def publish_scores(
     target: Path, rollouts: Artifact, score: Callable[[Rollout, Completion], float | None], **known: Any
 ) -> Artifact:
-    """Publish the scores that `score` gives; None drops a sample."""
+    """Publish the scores returned by `score`; None drops a sample."""
     shards: list[list[Score]] = []
     for path in rollouts.shards:
         values = [(r.prompt_id, c.sample, score(r, c)) for r in read_jsonl(path, Rollout) for c in r.completions]
@@ -120,7 +120,7 @@ def tiny_config(**changes: Any) -> Any:
 
 
 def save_model(directory: Path, auto_class: Any, config: Any, tokenizer: Any) -> Path:
-    """A random model with its tokenizer."""
+    """Save a random model with its tokenizer."""
     import torch
 
     torch.manual_seed(0)

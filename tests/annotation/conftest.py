@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
-    """Directories: a reward model, the same with pad == eos, one with two labels, a causal model."""
+    """Model directories: a reward model, the same with pad == eos, one with two labels, and causal models."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     base = tmp_path_factory.mktemp("models")

@@ -1,4 +1,4 @@
-"""A server in this process that does what it is told, right or wrong, and remembers what it was asked."""
+"""A server in this process whose behaviour, right or wrong, is set by the test, and which records all requests."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Behaviour = Callable[["Handler", dict[str, Any]], None]
-"""Replies to one request."""
+"""A function that replies to one request."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def say(self, text: str | None, reason: str = "stop", usage: Any = None, **more: Any) -> None:
-        """As a chat model says it."""
+        """Reply like a chat completions API."""
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason, **more}
         used = {"prompt_tokens": 100, "completion_tokens": 10} if usage is None else usage
         self.reply({"choices": [choice], "usage": used})
@@ -67,7 +67,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked: list[dict[str, Any]] = []
         self.replied: list[dict[str, Any]] = []
-        """Those requests whose reply has been sent whole."""
+        """The requests whose replies were sent completely."""
         self.keys: list[str | None] = []
         self.got: list[str] = []
         self.models = ["judge"]

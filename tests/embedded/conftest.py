@@ -1,4 +1,4 @@
-"""The toy task, made once by its command line."""
+"""Fixtures of the tests of the toy task."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world of seed 0."""
+    """The toy task of seed 0, created by its command line."""
     output = tmp_path_factory.mktemp("worlds") / "world"
     command = [sys.executable, "-m", "embedded", "world", f"output={output}", "seed=0"]
     subprocess.run(command, timeout=120, check=True)

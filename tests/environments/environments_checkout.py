@@ -1,6 +1,6 @@
-"""Small stand-ins for torch and the like, and a copy of the checkout whose locks name them.
+"""Builds small stand-ins for torch and other packages, and a copy of the checkout whose locks name them.
 
-The wheels are real wheels, installed by the real uv: only their content is small.
+The wheels are real and are installed by the real uv; only their content is tiny.
 """
 
 import os
@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 STAND_INS = {
-    # Where SLOW_TORCH is set, the check of a new environment stops here, so that a test can kill it.
+    # With SLOW_TORCH, the check of a new environment waits here, so that a test can kill it.
     "torch": "import os, time\ntime.sleep(float(os.environ.get('SLOW_TORCH', 0)))\n",
     "transformers": "",
     "trl": "",
@@ -20,7 +20,7 @@ STAND_INS = {
 
 
 def make_wheel(folder: Path, name: str, version: str, source: str) -> None:
-    """Write a wheel of one module."""
+    """Write a wheel with one module."""
     info = f"{name}-{version}.dist-info"
     files = {
         f"{name}/__init__.py": source,
@@ -35,7 +35,8 @@ def make_wheel(folder: Path, name: str, version: str, source: str) -> None:
 
 
 class Checkout:
-    """A copy of the repository with locks of stand-ins, a RATCHET_HOME of its own, and pip settings that find them."""
+    """A copy of the repository with locks of stand-ins, its own RATCHET_HOME, and pip settings that find the
+    stand-ins."""
 
     def __init__(self, source: Path, path: Path, folder: Path) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class Checkout:
         lock.write_text("# A comment.\n" + "\n".join(lines) + "\n")
 
     def variables(self, **more: str) -> dict[str, str]:
-        """The environment variables of a command: pip is told of the wheels, and uv of nothing."""
+        """The environment variables of a command: pip is configured to find the wheels, uv is not configured."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "RATCHET_"))}
         own = {"RATCHET_HOME": str(self.home), "PYTHONPATH": str(self.path), "RATCHET_VARIANT": "cpu"}
         return kept | own | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)} | more

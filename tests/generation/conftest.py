@@ -1,4 +1,4 @@
-"""A tiny chat model made on the spot, and prompts for it."""
+"""Fixtures of the generation tests: a random tiny chat model, and prompts for it."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama with two layers (head_dim 32, which vLLM needs) and a word-level tokenizer; answers end now and then."""
+    """A Llama with two layers (head_dim 32, which vLLM needs) and a word-level tokenizer; some of its answers end."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -84,7 +84,7 @@ def changed_policy(policy: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 prompts of 1 to 6 words; the last five share 130 words, longer than a block of the KV cache."""
+    """26 prompts: 21 of 1 to 6 words, and five that share 130 words, more than a block of the KV cache."""
     short = [" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(1 + i % 6)) for i in range(21)]
     common = " ".join(WORDS[(7 * i) % len(WORDS)] for i in range(130))
     return publish_prompts(tmp_path_factory.mktemp("data") / "prompts", [*short, *(f"{common} w{i}" for i in range(5))])
@@ -92,7 +92,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["vllm", "transformers"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Each engine; vLLM where it is installed."""
+    """Each engine; vLLM only if it is installed."""
     if request.param == "vllm":
         pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
     return str(request.param)
@@ -100,11 +100,11 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def processed(engine: str, policy: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Two samples at T=1 and two at T=0.7, with log-probabilities of what was sampled from."""
+    """Two samples at T=1 and two at T=0.7, with processed log-probabilities."""
     return generate(tmp_path_factory.mktemp("processed") / "out", **processed_config(engine, policy, prompts))
 
 
 @pytest.fixture(scope="session")
 def raw(engine: str, policy: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """One sample at T=0.7 and one greedy, with log-probabilities of the model's own."""
+    """One sample at T=0.7 and one greedy sample, with raw log-probabilities."""
     return generate(tmp_path_factory.mktemp("raw") / "out", **raw_config(engine, policy, prompts))

@@ -1,4 +1,4 @@
-"""The stage's real command line, and prompts for it."""
+"""Runs the generation stage by its real command line, and publishes prompts for it."""
 
 import functools
 import json
@@ -21,11 +21,11 @@ from contracts.versions import source_version
 from pipelines.execution.warm import WarmProcesses
 
 WARM = WarmProcesses(Path(tempfile.mkdtemp(prefix="generation-tests-")))
-"""Of this process."""
+"""The processes that this test process forks stages from."""
 
 
 def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = None, stage: str = "prompts") -> Path:
-    """Publish one-turn prompts, with a system message if wanted."""
+    """Publish one-turn prompts, optionally with a system message."""
     rows = []
     for text in texts:
         messages = (*([Message("system", system)] if system else []), Message("user", text))
@@ -40,13 +40,13 @@ def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = No
 
 
 def command(output: Path, config: dict[str, Any]) -> list[str]:
-    """`python -m generation` with these keys."""
+    """The command `python -m generation` with these keys."""
     overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
     return [sys.executable, "-m", "generation", *overrides]
 
 
 def start(output: Path, variables: dict[str, str] | None = None, /, **config: Any) -> "subprocess.Popen[str]":
-    """Start `python -m generation`, with some environment variables if wanted."""
+    """Start `python -m generation`, optionally with additional environment variables."""
     return subprocess.Popen(
         command(output, config),
         env={**os.environ, **(variables or {})},
@@ -59,12 +59,12 @@ def start(output: Path, variables: dict[str, str] | None = None, /, **config: An
 def generate(output: Path, **config: Any) -> Artifact:
     """Run the stage through its command line and open what it published.
 
-    One of a single process is forked from one that has imported vLLM, as the driver does it: importing takes longer
-    than what is tested.
+    A stage with a single process is forked from a process that has imported vLLM, as the driver does, because importing
+    takes longer than the tested work.
     """
     if config.get("servers") or config.get("replicas", 1) > 1:
         process = start(output, **config)
-        said = "".join(process.communicate(timeout=300))
+        output_text = "".join(process.communicate(timeout=300))
     else:
         with tempfile.TemporaryFile() as log:
             place = (os.environ, os.getcwd(), source_version("generation"), log)
@@ -72,19 +72,19 @@ def generate(output: Path, **config: Any) -> Artifact:
             assert process is not None, "no stage can be forked"
             wait_until_ended(process, 300)
             log.seek(0)
-            said = log.read().decode(errors="replace")
-    assert process.returncode == 0, said
+            output_text = log.read().decode(errors="replace")
+    assert process.returncode == 0, output_text
     return Artifact.open(output, ROLLOUTS)
 
 
 @functools.cache
 def imported() -> Path:
-    """The socket of a process that has imported what stages need; it ends with this one."""
+    """The socket of a process that has imported the stage's modules; it ends with this process."""
     return WARM.address("generation", sys.executable, os.environ, os.getcwd(), ["vllm"])
 
 
 def wait_until_ended(process: ForkedProcess, seconds: float) -> None:
-    """Wait for the end of a stage that was forked."""
+    """Wait for the end of a forked stage."""
     deadline = time.monotonic() + seconds
     while process.poll() is None:
         assert time.monotonic() < deadline, "it does not end"
@@ -92,7 +92,7 @@ def wait_until_ended(process: ForkedProcess, seconds: float) -> None:
 
 
 def refuse(output: Path, **config: Any) -> str:
-    """Run the stage with a mistake in its configuration; return the one message, having checked that it is one."""
+    """Run the stage with a mistake in its config. Checks that it fails with exactly one message, and returns stderr."""
     process = start(output, **config)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, out + err
@@ -139,7 +139,7 @@ def raw_config(engine: str, policy: Path, prompts: Path) -> dict[str, Any]:
 
 
 def processes_naming(path: Path) -> list[int]:
-    """Other processes that have `path` on their command line."""
+    """The ids of other processes that have `path` on their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol: what a page does, and what it complains of."""
+"""Drives a headless Chromium by its DevTools protocol, to test pages and the errors on their consoles."""
 
 import base64
 import contextlib
@@ -26,7 +26,7 @@ SECONDS = 200.0
 INSTALL_SECONDS = 400.0
 
 
-class NoBrowser(Exception):  # noqa: N818 - what the message says is how to get one
+class NoBrowser(Exception):  # noqa: N818 - the message says how to install one
     """There is no browser on this machine."""
 
 
@@ -95,7 +95,7 @@ class Browser:
         return dict(json.loads(content))
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Give the page a size in pixels, and its reader a preference."""
+        """Set the size of the page in pixels, and the preferred colour scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -103,30 +103,30 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, address: str) -> None:
-        """Open a page, and wait until it says that it is ready."""
+        """Open a page, and wait until it is marked as ready."""
         self._events.clear()
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
         self.wait("document.documentElement.dataset.ready === 'yes'")
 
     def run(self, script: str) -> Any:
-        """The value of a script, awaited."""
+        """Run a script and return its awaited value."""
         found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def wait(self, condition: str, seconds: float = SECONDS) -> Any:
-        """Wait until a script has a value that counts as true; returns it."""
+        """Wait until a script's value is truthy, and return it."""
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(AssertionError):  # a page that is just being left
+            with contextlib.suppress(AssertionError):  # the page is just being replaced
                 if value := self.run(condition):
                     return value
             assert time.monotonic() < deadline, f"not within {seconds} s: {condition}; {self.complaints()}"
             time.sleep(0.05)
 
     def complaints(self) -> list[str]:
-        """What the page has complained of: exceptions, errors and warnings on its console."""
+        """The exceptions, errors and warnings on the page's console."""
         self.run("1")
         found = []
         for event in self._events:
@@ -140,7 +140,7 @@ class Browser:
         return found
 
     def requests(self) -> list[str]:
-        """The addresses that the page has asked for."""
+        """The addresses that the page has requested."""
         self.run("1")
         return [
             event["params"]["request"]["url"]
@@ -149,11 +149,11 @@ class Browser:
         ]
 
     def screenshot(self, file: Path) -> None:
-        """Keep what is seen as a PNG."""
+        """Save a screenshot as a PNG."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:
-        """End the browser."""
+        """Close the browser."""
         self._socket.close()
         self._process.terminate()
         self._process.wait()
@@ -165,7 +165,7 @@ def _command() -> str | None:
 
 
 def _installed() -> str | None:
-    """Debian's chromium, installed where this process may, as scripts/dev-slurm.sh installs Slurm; one at a time."""
+    """Install Debian's chromium if this process may, as scripts/dev-slurm.sh does with Slurm; one process at a time."""
     apt = shutil.which("apt-get")
     if apt is None or os.geteuid() != 0:
         return None

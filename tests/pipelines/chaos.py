@@ -1,14 +1,14 @@
-"""The kill harness: runs that are killed again and again end with the bytes of a run that nothing touched.
+"""The kill harness: checks that a run that is killed again and again publishes the same bytes as an undisturbed run.
 
     python tests/pipelines/chaos.py --kills 200 [--seed S] [key=value ...]        (scripts/chaos.sh)
 
-First a run without a fault, for reference. Then rounds: the same run in a fresh directory, while faults from a seeded
-plan hit the driver, its supervisors and the stages: SIGKILL, SIGTERM, a full disk, and writes that were torn when the
-machine stopped. The command is given again until the run is finished, and what it has published is compared. What
-`key=value` sets holds for both where it changes what is computed (lag=1), else in the rounds alone (placement=async).
-The faults are executed inside of the processes by chaos_site/sitecustomize.py, or from here at any instant.
+First it executes a reference run without faults. Then come rounds: the same run in a new directory, while faults from a
+seeded plan hit the driver, its supervisors and the stages: SIGKILL, SIGTERM, a full disk, and writes torn by a crash of
+the machine. The command is repeated until the run is finished, and its artifacts are compared. `key=value` applies to
+both if it changes what is computed (lag=1), otherwise only to the rounds (placement=async). Faults are executed within
+the processes by chaos_site/sitecustomize.py, or from here at random times.
 
-Everything runs from a frozen copy of the code, so that edits meanwhile change nothing.
+Everything runs from a copy of the code, so that edits during the test have no effect.
 """
 
 import argparse
@@ -46,14 +46,14 @@ from pipelines.execution.supervisor import RUN
 from pipelines.iteration import build_graph
 
 CHAOS = "RATCHET_CHAOS"
-"""Environment variable of every process of a round: the directory of its faults."""
+"""The environment variable, with the directory of the faults, of every process of a round."""
 ITERATIONS = 2
 LIFE_SECONDS = 600.0
-"""A driver that lives longer hangs."""
+"""The time after which a driver is considered to hang."""
 SETTINGS = {"backoff_seconds": 0.1, "retries": 1000, "grace_seconds": 5}
 PER_ROUND = 64
 PER_STAGE = {True: 2, False: 3}
-"""How often a stage is hit per round: one that loads torch, and one that does not."""
+"""The faults per stage and round, by whether the stage loads torch."""
 TRAINING = ("sft", "reward", "policy", "critic")
 
 KILL, TERM, FULL, TORN = ACTIONS = ("SIGKILL", "SIGTERM", "ENOSPC", "torn")
@@ -93,7 +93,7 @@ POINTS: dict[str, dict[str, tuple[str, str]]] = {
         "supervisor": ("a supervisor, at any instant", KILL),
     },
 }
-"""Who meets a fault, and where: in words, and what can happen there."""
+"""For each kind of process and each point of its work: a description, and the actions that are possible there."""
 COMBINATIONS = [
     (who, point, action)
     for who, points in POINTS.items()
@@ -104,26 +104,26 @@ COMBINATIONS = [
 
 @dataclass
 class Fault:
-    """One fault of the plan, as it is written for the process that will meet it."""
+    """A fault of the plan, as written to a file for the process that will execute it."""
 
     id: int
     who: str
-    """stage, supervisor, driver, or outside: the harness itself."""
+    """The process that executes it: stage, supervisor, driver, or outside (this harness)."""
     stage: str | None
     point: str
     action: str
     occurrence: int = 1
-    """How often the process has to have got to the point."""
+    """The number of times that the process has to reach the point."""
     seconds: float = 0.0
-    """How long after the point it strikes, where it strikes later."""
+    """The delay after the point, for delayed faults."""
     share: float = 0.5
-    """Where the file is cut."""
+    """The share of the file after which it is cut."""
     zeros: bool = False
-    """Whether its rest is zeroed instead of cut."""
+    """Whether the rest of the file is zeroed instead of cut."""
     victim: str = "self"
-    """self, group or supervisor: who is killed."""
+    """The process that is killed: self, group or supervisor."""
     attempt: str | None = None
-    """Which attempt of the stage met it; known afterwards."""
+    """The attempt of the stage that was hit; set afterwards."""
 
     def __str__(self) -> str:
         words = POINTS[self.who][self.point][0]
@@ -133,14 +133,14 @@ class Fault:
 
 @dataclass
 class Stage:
-    """What the plan has to know of a stage."""
+    """The properties of a stage that the plan depends on."""
 
     kind: str
     loads_torch: bool
     files: int
 
     def reaches(self, point: str) -> bool:
-        """Whether the stage gets to a point at all."""
+        """Whether the stage can reach a point."""
         if point in ("step", "state", "saved"):
             return self.kind in TRAINING
         if point == "progress":
@@ -149,7 +149,7 @@ class Stage:
 
 
 def shuffled_deck(chance: random.Random) -> list[tuple[str, str, str]]:
-    """Every combination, and then once more those after which the driver goes on: they take less time."""
+    """All combinations in random order, then again those that the driver survives, because they take less time."""
     again = [(who, point, action) for who, point, action in COMBINATIONS if who == "stage" and action != FULL]
     return [*chance.sample(COMBINATIONS, len(COMBINATIONS)), *chance.sample(again, len(again))]
 
@@ -157,7 +157,7 @@ def shuffled_deck(chance: random.Random) -> list[tuple[str, str, str]]:
 def plan_round(
     deck: list[tuple[str, str, str]], stages: dict[str, Stage], size: int, chance: random.Random
 ) -> list[Fault]:
-    """Take up to `size` combinations from the deck that the stages have room for; the others stay in it."""
+    """Take up to `size` combinations that the stages have room for from the deck; the others stay in it."""
     faults: list[Fault] = []
     hits: Counter[str] = Counter()
     left = []
@@ -188,7 +188,7 @@ def plan_round(
 
 
 def aim(fault: Fault, stage: Stage, earlier: int, chance: random.Random) -> None:
-    """Decide when a stage, or its supervisor, meets its fault, and who is killed."""
+    """Choose when a fault hits a stage or its supervisor, and which process is killed."""
     if fault.point in ("commit", "receipt", "committed", "receipted", "write"):
         fault.occurrence = chance.randint(1, max(1, min(3, stage.files - earlier)))
     elif fault.point in ("step", "state", "saved"):
@@ -201,31 +201,31 @@ def aim(fault: Fault, stage: Stage, earlier: int, chance: random.Random) -> None
 
 @dataclass
 class Setup:
-    """What all rounds share."""
+    """The settings that all rounds share."""
 
     code: Path
     config: Path
     folder: Path
     reference: Path
-    """The directory of the run that nothing touched."""
+    """The directory of the undisturbed run."""
     iterations: int = ITERATIONS
     overrides: list[str] = field(default_factory=list)
-    """What is set in the rounds."""
+    """The config overrides of the rounds."""
 
     @property
     def computed(self) -> list[str]:
-        """What of it changes what is computed, and is set for the reference too."""
+        """The overrides that change what is computed, and therefore also apply to the reference."""
         sections = RunConfig.roles
         return [item for item in self.overrides if sections[item.partition("=")[0].partition(".")[0]] != Role.RUNTIME]
 
     def command(self, home: Path, *overrides: str) -> list[str]:
-        """The command of a run below `home`."""
+        """The command of a run in the directory `home`."""
         settings = [f"executor.{name}={value}" for name, value in SETTINGS.items()]
         run = ["run", str(self.config), "--iters", str(self.iterations), f"directory={home}", *settings, *overrides]
         return [sys.executable, "-m", "pipelines", *run]
 
     def environment(self) -> dict[str, str]:
-        """Variables of a run from the frozen code."""
+        """The environment variables of a run from the copied code."""
         return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code)}
 
     def stages(self) -> dict[str, Stage]:
@@ -241,7 +241,7 @@ class Setup:
 
 
 def freeze(folder: Path) -> Path:
-    """A copy of the code that nobody edits."""
+    """Copy the code, so that edits have no effect."""
     code = folder / "code"
     for name in (*OWN_PACKAGES, "configs"):
         shutil.copytree(source_root() / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -252,7 +252,7 @@ def freeze(folder: Path) -> Path:
 
 @dataclass
 class Tally:
-    """What was found, in one round or in all."""
+    """The results of one round or of all rounds."""
 
     artifacts: int = 0
     artifacts_different: int = 0
@@ -264,9 +264,9 @@ class Tally:
     shards_made_again: int = 0
     steps_made_again: int = 0
     files_of_other_stages_made_again: int = 0
-    """Stages that have no shards begin anew, but for the steps of a training."""
+    """Files rewritten by stages without shards, which start over; training steps are not included."""
     torn_and_made_again: int = 0
-    """Finished files that a fault tore, or whose manifest."""
+    """Finished files that a fault has torn, or whose manifest it has torn."""
     stray_files: int = 0
     processes_left: int = 0
     drivers_started: int = 0
@@ -286,7 +286,7 @@ class Tally:
     )
 
     def add(self, other: "Tally") -> None:
-        """Add a round's figures."""
+        """Add the results of a round."""
         for entry in fields(self):
             setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
 
@@ -297,7 +297,7 @@ class Tally:
 
 
 class Round:
-    """One run with its faults."""
+    """A run with its faults."""
 
     def __init__(self, setup: Setup, number: int, faults: list[Fault], say: Callable[[Fault], None]) -> None:
         self.setup = setup
@@ -315,7 +315,7 @@ class Round:
             (self.plan / f"{fault.id:04d}.json").write_text(json.dumps(asdict(fault)))
 
     def play(self) -> Tally:
-        """Give the command again and again until the run is finished, and compare."""
+        """Repeat the command until the run is finished, then compare it with the reference."""
         for life in itertools.count(1):
             before = len(self.met)
             code = self.live(life)
@@ -327,7 +327,7 @@ class Round:
         return self.tally
 
     def live(self, life: int) -> int:
-        """One driver, to its end; returns its exit code."""
+        """Run one driver to its end. Returns its exit code."""
         start = time.monotonic()
         outside = next((fault for fault in self.waiting.values() if fault.who == "outside"), None)
         with self.output(life).open("w") as output:
@@ -357,11 +357,11 @@ class Round:
         return driver.returncode
 
     def output(self, life: int) -> Path:
-        """What the driver printed."""
+        """The file with a driver's output."""
         return self.outputs / f"driver-{life:03d}.txt"
 
     def collect_met(self) -> None:
-        """Tell the faults that have happened since the last look."""
+        """Report the faults that have happened since the last call."""
         for path in sorted(self.plan.glob("*.taken")):
             if fault := self.waiting.pop(int(path.stem), None):
                 line = next((line for line in self.log() if line.get("fault") == fault.id), {})
@@ -374,12 +374,12 @@ class Round:
         self.say(fault)
 
     def log(self) -> Iterator[dict[str, Any]]:
-        """What the processes of the run have told of faults and of work."""
+        """The faults and the work that the processes of the run have logged."""
         path = self.plan / "log.jsonl"
         return read_jsonl(path, dict, tolerate_torn_tail=True) if path.exists() else iter(())
 
     def strike(self, fault: Fault, driver: "subprocess.Popen[bytes]") -> bool:
-        """A fault from outside; False if there is nobody to hit at the moment."""
+        """Execute a fault from outside. Returns False if there is no process to hit at the moment."""
         pid = driver.pid
         if fault.point != "driver":
             stages = marked(f"{RUN}={self.run}")
@@ -404,7 +404,7 @@ class Round:
         return [pid for pid in others if is_supervisor(Path(f"/proc/{pid}/cmdline").read_bytes())]
 
     def check_end(self, life: int, code: int, met: list[Fault]) -> None:
-        """Whether the faults that a driver's life has seen explain its end, and were answered as promised."""
+        """Check that a driver's exit is explained by its faults, and that it retried stages as documented."""
         text = self.output(life).read_text(errors="replace")
         for problem in [*self.unexplained(code, text, met), *self.not_tried_again(code, met)]:
             self.tally.problems.append(f"driver {life} ({self.output(life)}): {problem}")
@@ -413,7 +413,7 @@ class Round:
         ends: set[int] = set()
         for fault in met:
             if fault.action == FULL and fault.point == "progress":
-                continue  # what tells how far a stage is never stops it
+                continue  # a failed progress report never stops a stage
             if fault.action == FULL and fault.who in ("stage", "driver"):
                 ends.add(2)
             elif fault.who == "driver" or (fault.who, fault.point) == ("outside", "driver"):
@@ -421,7 +421,7 @@ class Round:
         inside = [
             fault for fault in met if fault.who != "outside" and (fault.action, fault.point) != (FULL, "progress")
         ]
-        # A supervisor that meets a full disk says so; that ends the run only where its stage has not published.
+        # A full disk in a supervisor ends the run only if its stage has not published.
         beside = {2} if any(fault.action == FULL and fault.who == "supervisor" for fault in met) else set()
         if code not in (ends or {0}) | beside and not (code == 0 and not inside):
             faults = "; ".join(map(str, met)) or "no fault"
@@ -430,7 +430,7 @@ class Round:
             yield f"exit code 2, but not a word of the full disk:\n{text[-3000:]}"
 
     def not_tried_again(self, code: int, met: list[Fault]) -> Iterator[str]:
-        """Stages that were killed, met no full disk, and that the driver has not tried again by itself."""
+        """Yield the stages that were killed, had no full disk, and were not retried by the driver."""
         failed = {(event["stage"], event["attempt"]): event for event in self.events("failed")}
         full = {(fault.stage, fault.attempt) for fault in met if fault.action == FULL}
         for fault in met:
@@ -438,23 +438,23 @@ class Round:
                 continue
             event = failed.get((fault.stage, fault.attempt))
             if fault.victim == "supervisor" and event is None:
-                continue  # the stage may publish in the instant before it ends with its supervisor
+                continue  # the stage may publish just before it ends with its supervisor
             if event is None and code == 0 and fault.point not in ("published", "compute", "step", "exit", "stage"):
                 yield f"no failure was recorded after {fault}"
             if event is not None and event["retry_in"] is None:
                 yield f"not tried again: {fault}"
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The events of a kind that the drivers have recorded so far."""
+        """The events of a kind recorded so far."""
         path = self.run / "events.jsonl"
         if not path.exists():
             return []
         return [event for event in read_jsonl(path, dict, tolerate_torn_tail=True) if event["event"] == name]
 
-    # What the round has left.
+    # Comparison.
 
     def compare(self) -> None:
-        """Compare everything with the reference, and look for what should not be there."""
+        """Compare everything with the reference, and look for stray files and processes."""
         tally, reference = self.tally, self.setup.reference
         tally.stages_tried_again = sum(event["retry_in"] is not None for event in self.events("failed"))
         tally.processes_left = self.count_left()
@@ -473,7 +473,7 @@ class Round:
         self.count_work()
 
     def verify(self) -> None:
-        """Ask the product itself."""
+        """Run `pipeline verify`."""
         command = [sys.executable, "-m", "pipelines", "verify", str(self.run)]
         result = subprocess.run(
             command,
@@ -502,7 +502,7 @@ class Round:
         tally.ids_repeated += (found - wanted).total()
 
     def count_work(self) -> None:
-        """Count what was finished and made once more."""
+        """Count the finished work that was done again."""
         kinds = {name: stage.kind for name, stage in self.setup.stages().items()}
         torn = {fault.id: fault for fault in self.met if fault.action == TORN}
         made: set[tuple[str, str]] = set()
@@ -526,7 +526,7 @@ class Round:
             made.add((stage, line["made"]))
 
     def forget_torn(self, fault: Fault, file: str, made: set[tuple[str, str]], saved: "Counter[str]") -> None:
-        """What a fault has torn has to be made again."""
+        """Forget finished work that a fault has torn, because it has to be done again."""
         stage = str(fault.stage)
         lost: set[tuple[str, str]] = set()
         if fault.point in ("committed", "receipted"):
@@ -539,7 +539,7 @@ class Round:
         made -= lost
 
     def count_left(self) -> int:
-        """Processes of the round that live on; those that are just ending are given a moment."""
+        """Count the processes of the round that are left, after waiting for those that are just ending."""
         deadline = time.monotonic() + 200
         while left := marked(f"{CHAOS}={self.plan}"):
             if time.monotonic() > deadline:
@@ -550,12 +550,12 @@ class Round:
 
 
 def places_last(places: list[str]) -> str:
-    """Where the last policy is."""
+    """The path of the last policy."""
     return [place for place in places if place.endswith("/training")][-1]
 
 
 def is_supervisor(command_line: bytes) -> bool:
-    """Whether a process is a supervisor, or the one that supervisors are forked from."""
+    """Whether a process is a supervisor, or the process that supervisors are forked from."""
     words = command_line.split(b"\0")
     return b"pipelines.execution.supervisor" in words or {b"contracts.warm", b"pipelines"} <= set(words)
 
@@ -570,7 +570,7 @@ def variable(pid: int, name: str) -> str | None:
 
 
 def row_ids(artifact: Artifact) -> "Counter[str]":
-    """What identifies each row of an artifact; samples count one by one."""
+    """The ids of an artifact's rows with their counts; each sample has its own."""
     found: Counter[str] = Counter()
     for file in artifact.manifest.files:
         if not file.path.endswith(".jsonl"):
@@ -585,7 +585,7 @@ def row_ids(artifact: Artifact) -> "Counter[str]":
 
 
 def metrics(run: Path, iterations: int | None = None) -> list[Any]:
-    """What metrics.jsonl says of the stages until some iteration, without times and places: each point once."""
+    """The points of metrics.jsonl up to an iteration, without times and system metrics."""
     return sorted(
         (point.identity, point.global_step, sorted((k, v) for k, v in point.metrics.items() if "system/" not in k))
         for point in read_points(run)
@@ -604,7 +604,7 @@ def strays_of(run: Path, places: list[str]) -> list[Path]:
 
 
 def make_reference(setup: Setup) -> None:
-    """The run that nothing touches."""
+    """Execute the undisturbed run."""
     command = setup.command(setup.reference.parent, *setup.computed)
     with (setup.folder / "reference.txt").open("w") as output:
         code = subprocess.run(
@@ -622,7 +622,8 @@ def make_reference(setup: Setup) -> None:
 
 
 def campaign(folder: Path, kills: int, seed: int, overrides: list[str]) -> bool:
-    """The reference, then rounds until `kills` faults have happened; prints everything and returns whether all held."""
+    """Execute the reference run, then rounds until `kills` faults have happened, and print the results. Returns whether
+    all checks passed."""
     start = time.monotonic()
     setup = Setup(
         freeze(folder), write_smallest(folder), folder, folder / "reference" / "smallest", overrides=overrides
@@ -656,7 +657,7 @@ def campaign(folder: Path, kills: int, seed: int, overrides: list[str]) -> bool:
 
 
 def print_table(met: list[Fault], total: Tally, rounds: int, seconds: float) -> None:
-    """What happened, and what was found."""
+    """Print the numbers of faults and the results."""
     counts = Counter((fault.who, fault.point, fault.action) for fault in met)
     print(f"\n{'':<44}" + "".join(f"{action:>9}" for action in ACTIONS))
     for who, points in POINTS.items():
@@ -680,7 +681,7 @@ def print_table(met: list[Fault], total: Tally, rounds: int, seconds: float) -> 
 
 
 def main() -> int:
-    """Exit code 0: everything held."""
+    """Run the harness. Returns the exit code, which is 0 if all checks passed."""
     parser = argparse.ArgumentParser(prog="scripts/chaos.sh", description="Kill a run again and again, and compare.")
     parser.add_argument("--kills", type=int, default=200, help="how many faults to inject (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="chooses another sequence of faults")

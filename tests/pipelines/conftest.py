@@ -1,4 +1,4 @@
-"""Fixtures of the driver's tests."""
+"""Fixtures of the tests of pipelines."""
 
 import contextlib
 import fcntl
@@ -22,13 +22,13 @@ from pipelines.environments.locked import interpreter
 
 @pytest.fixture
 def smallest(tmp_path: Path) -> Path:
-    """Config file of the smallest run."""
+    """The config file of the smallest run."""
     return write_smallest(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with spaces in its name, the same for both groups of these tests (scripts/run_tests.py)."""
+    """A directory with spaces in its name, shared by all test processes (scripts/run_tests.py)."""
     given = os.environ.get("SHARED_BY_TESTS")
     folder = Path(given) if given else tmp_path_factory.mktemp("shared")
     (folder / "end to end").mkdir(exist_ok=True)
@@ -37,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_smallest(shared: Path) -> Path:
-    """Config file of a run that several files share."""
+    """The config file of a run that several test files share."""
     with once(shared / "smallest.lock"):
         path = shared / "smallest.yaml"
         return path if path.exists() else write_smallest(shared)
@@ -45,19 +45,19 @@ def shared_smallest(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(shared: Path, shared_smallest: Path) -> FinishedRun:
-    """A run of two iterations that nothing interrupted, made by whoever asks first; nobody changes it."""
+    """An uninterrupted run of two iterations, executed by the first test that needs it. Tests must not change it."""
     with once(shared / "finished.lock"):
         path = shared / "finished.json"
         if not path.exists():
             run = finish_smallest(shared_smallest)
             path.write_text(json.dumps({"output": run.output, "command_lines": list(run.command_lines)}))
-        told = json.loads(path.read_text())
-        return FinishedRun(shared_smallest, told["output"], set(told["command_lines"]))
+        stored = json.loads(path.read_text())
+        return FinishedRun(shared_smallest, stored["output"], set(stored["command_lines"]))
 
 
 @contextlib.contextmanager
 def once(path: Path) -> Iterator[None]:
-    """One process at a time."""
+    """A context that only one process at a time can enter."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -65,9 +65,9 @@ def once(path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Slurm cluster of four nodes, shared by all tests that ask for one.
+    """A Slurm cluster of four nodes, shared by all tests that use it.
 
-    Where none can run, these tests are skipped, with a warning in the summary; with CI=true, they fail.
+    If none can run on this machine, these tests are skipped with a warning in the summary; with CI=true, they fail.
     """
     try:
         cluster = Cluster(tmp_path_factory.mktemp("slurm") / "state")
@@ -79,9 +79,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A headless browser, shared by all tests that ask for one.
+    """A headless browser, shared by all tests that use it.
 
-    Where there is none, these tests are skipped, with a warning in the summary; with CI=true, they fail.
+    If there is none on this machine, these tests are skipped with a warning in the summary; with CI=true, they fail.
     """
     try:
         browser = Browser()
@@ -93,7 +93,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def fake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
-    """A fake of such a cluster, shared by all tests that ask for one."""
+    """A fake Slurm cluster, shared by all tests that use it."""
     fake = FakeCluster(tmp_path_factory.mktemp("fake") / "slurm")
     yield fake
     fake.end()
@@ -101,14 +101,14 @@ def fake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeClust
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.cluster)])
 def slurm(request: pytest.FixtureRequest) -> Slurm:
-    """The fake cluster, and the real one."""
+    """The fake cluster, and in the tier `cluster` the real one."""
     found: Slurm = request.getfixturevalue("fake_cluster" if request.param == "fake" else "cluster")
     return found
 
 
 @pytest.fixture(scope="session")
 def pretended_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run of one iteration, on this machine, whose stages pretend to work; nobody changes it."""
+    """The directory of a local run of one iteration with fake stages. Tests must not change it."""
     config = write_pretended(tmp_path_factory.mktemp("pretended"), executor={"kind": "inline"})
     result = pipeline("run", str(config), "--iters", "1")
     assert result.returncode == 0, result.stderr
@@ -117,13 +117,13 @@ def pretended_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pretended(pretended_run: Path) -> dict[str, str]:
-    """The digests of what it has published, by stage."""
+    """The digests of the artifacts of `pretended_run` by stage."""
     return digests(pretended_run)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The toy task's model, made by its stage."""
+    """The toy task's model, created by its stage."""
     output = tmp_path_factory.mktemp("world") / "world"
     sizes = ("demonstrations=1", "train=1", "preference=1", "heldout=1")
     command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]
@@ -133,7 +133,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def reported_run(tmp_path_factory: pytest.TempPathFactory) -> ReportedRun:
-    """A handmade run for reports; nobody changes it."""
+    """A handmade run for reports. Tests must not change it."""
     return ReportedRun(tmp_path_factory.mktemp("reported")).build()
 
 

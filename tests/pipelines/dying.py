@@ -1,4 +1,4 @@
-"""Killing what is under way at every one of its steps."""
+"""Kills an operation at each of its steps."""
 
 import gzip
 import os
@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Call = tuple[Any, str]
-"""An owner and the name of its function."""
+"""An object and the name of one of its functions."""
 STEPS: Sequence[Call] = (
     *((os, name) for name in ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir")),
     (gzip.GzipFile, "write"),
 )
-"""What changes files."""
+"""The calls that change files."""
 
 
 def dies_at(number: int, action: Callable[[], object], calls: Sequence[Call] = STEPS) -> bool:
-    """Run `action` in a process that is killed by SIGKILL before the call with this number of one of `calls`.
+    """Run `action` in a process that is killed by SIGKILL before its call number `number` of any of `calls`.
 
-    Returns whether it came so far.
+    Returns whether it was killed, that is, whether there were so many calls.
     """
     child = os.fork()
     if child:

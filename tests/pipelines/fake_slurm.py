@@ -1,11 +1,12 @@
-"""A fake of Slurm: sbatch, squeue, sacct, scontrol, scancel, sinfo and srun for tests, in one process.
+"""A fake Slurm cluster in one process, for tests: sbatch, squeue, sacct, scontrol, scancel, sinfo and srun.
 
-    python fake_slurm.py serve DIRECTORY      until its standard input ends; then nothing of its jobs is left
-    DIRECTORY/bin/squeue ...                  as the real one, as far as Ratchet uses it
+    python fake_slurm.py serve DIRECTORY      serves until its standard input ends, and then kills all jobs
+    DIRECTORY/bin/squeue ...                  works like the real program, as far as Ratchet uses it
 
-Jobs are processes of this machine, and the nodes are names. Output, exit codes and states are those of Slurm 22.05, as
-seen on the development cluster. What is left out: users, accounts, memory, GPUs, job steps, and most options. What is
-quicker than there: accounting lags a fifth of a second, requeued jobs wait as long, and limits hold to the tick.
+Jobs are processes on this machine, and nodes are only names. Output, exit codes and states are those of Slurm 22.05 on
+the development cluster. Users, accounts, memory, GPUs, job steps and most options are not implemented. Some things are
+faster than in Slurm: accounting lags by a fifth of a second, requeued jobs wait as long, and time limits are exact to a
+tick.
 """
 
 import _socket
@@ -27,18 +28,18 @@ from pathlib import Path
 
 TICK = 0.02
 LAG = 0.2
-"""Seconds until accounting knows, and that a requeued job waits."""
+"""Seconds by which accounting lags, and that a requeued job waits."""
 KILL_WAIT = 1.0
 """Seconds between SIGTERM and SIGKILL."""
 GRACE = 5.0
-"""Seconds that a preempted job has left."""
+"""Seconds that a preempted job has until it is ended."""
 CPUS = 8
 NODES = [f"node{number}" for number in range(1, 5)]
 PARTITIONS = {"gpu": 10, "low": 1}
-"""With their priorities: who waits in the first has those of the second requeued."""
+"""Partitions with their priorities: waiting jobs of a higher one preempt running jobs of a lower one."""
 PROGRAMS = ("sbatch", "squeue", "sacct", "scontrol", "scancel", "sinfo", "srun")
 MARK = "FAKE_SLURM"
-"""Environment variable of all that uses the cluster: its directory."""
+"""The environment variable, with the cluster's directory, of all processes of jobs."""
 FLAGS = {"requeue", "no-requeue", "parsable", "exclusive"}
 VALUED = {
     "account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-task", "dependency", "exclude",
@@ -49,9 +50,9 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def ask(folder: str, argv: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    """Give the cluster in a folder a command: its exit code, output and error output.
+    """Send a command to the cluster in a folder. Returns its exit code, output and error output.
 
-    What a client runs, often: it imports next to nothing.
+    Clients run this often, so it imports next to nothing.
     """
     here = os.open(folder, os.O_RDONLY)
     line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -82,8 +83,8 @@ sys.exit(code)
 """
 
 
-class Refused(Exception):  # noqa: N818 - an answer of a command
-    """A command that fails, with what it says and its exit code."""
+class Refused(Exception):  # noqa: N818 - a command's result
+    """The failure of a command, with its message and exit code."""
 
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
@@ -92,7 +93,7 @@ class Refused(Exception):  # noqa: N818 - an answer of a command
 
 @dataclass(frozen=True)
 class Request:
-    """A command that somebody gives."""
+    """A command sent to the cluster."""
 
     directory: str
     argv: list[str]
@@ -100,7 +101,7 @@ class Request:
 
     @classmethod
     def read(cls, said: bytes) -> "Request":
-        """What `ask` has sent."""
+        """Decode a request sent by `ask`."""
         directory, count, *words = said.decode(errors="surrogateescape").split("\0")
         variables = words[int(count) :]
         return cls(directory, words[: int(count)], dict(item.split("=", 1) for item in variables))
@@ -117,7 +118,7 @@ class Job:
     script: str
     environment: dict[str, str]
     limit: float
-    """Seconds."""
+    """The time limit in seconds."""
     after: list[tuple[str, list[int]]]
     begin: float
     state: str = "PENDING"
@@ -127,17 +128,17 @@ class Job:
     end: float | None = None
     code: str = "0:0"
     restarts: int = 0
-    told: bool = False
-    """Of the end of its time."""
+    warned: bool = False
+    """Whether it was sent the signal before its time limit."""
     preempted: float | None = None
     kill_at: float = float("inf")
     becomes: str | None = None
-    """Its state when its processes are gone, if not by their exit code."""
+    """Its state after its processes have ended, if not determined by their exit code."""
     again: bool = False
-    """Whether it is queued again then."""
+    """Whether it is requeued after that."""
     process: "subprocess.Popen[bytes] | None" = None
     history: list[list[tuple[float, dict[str, str]]]] = field(default_factory=list)
-    """For every start what accounting was told, and when."""
+    """The accounting records of each start, with their times."""
 
     @property
     def id(self) -> str:
@@ -161,7 +162,7 @@ class Job:
 
 
 class Controller:
-    """All jobs and nodes."""
+    """The state of all jobs and nodes, and the commands that change it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -170,7 +171,7 @@ class Controller:
         self.down: set[str] = set()
         self.silent: set[str] = set()
 
-    # -- what happens by itself
+    # -- scheduling
 
     def tick(self) -> None:
         now = time.time()
@@ -185,8 +186,8 @@ class Controller:
         assert job.process is not None
         assert job.start is not None
         before = float(job.options.get("signal", "").partition("@")[2] or 60)
-        if not job.told and now > job.start + job.limit - before:
-            job.told = self.give_notice(job)  # once there is a step to tell it
+        if not job.warned and now > job.start + job.limit - before:
+            job.warned = self.give_notice(job)  # retried until there is a step to send it to
         if now > job.start + job.limit and job.becomes is None:
             self.end(job, "TIMEOUT")
         if job.preempted is not None and now > job.preempted + GRACE and job.becomes is None:
@@ -207,23 +208,23 @@ class Controller:
 
     def close(self, job: Job, state: str, now: float) -> None:
         job.state, job.end, job.reason = state.split()[0], now, "None"
-        self.tell(job, State=state, ExitCode=job.code, End=moment(now))
+        self.account(job, State=state, ExitCode=job.code, End=moment(now))
         if job.again:
             job.state, job.reason, job.begin, job.restarts = "PENDING", "BeginTime", now + LAG, job.restarts + 1
             job.nodes, job.start, job.end, job.code, job.again = [], None, None, "0:0", False
             self.open(job)
 
     def open(self, job: Job) -> None:
-        """Accounting learns of a job, or of its next start."""
+        """Begin the accounting of a job, or of its next start."""
         job.history.append([])
-        self.tell(
+        self.account(
             job, JobID=job.id, State="PENDING", ExitCode="0:0", NodeList="None assigned", Submit=moment(time.time()),
             Start="Unknown", End="Unknown", JobName=job.options["job-name"], Partition=job.partition,
         )  # fmt: skip
 
-    def tell(self, job: Job, **news: str) -> None:
-        told = job.history[-1]
-        told.append((time.time(), {**(told[-1][1] if told else {}), **news}))
+    def account(self, job: Job, **news: str) -> None:
+        records = job.history[-1]
+        records.append((time.time(), {**(records[-1][1] if records else {}), **news}))
 
     def try_to_start(self, job: Job, now: float) -> None:
         waits = self.waits_for(job)
@@ -266,7 +267,7 @@ class Controller:
         return sum(job.cpus for job in self.jobs if job.process is not None and node in job.nodes)
 
     def start(self, job: Job, nodes: list[str]) -> None:
-        job.state, job.nodes, job.start, job.told, job.preempted = "RUNNING", nodes, time.time(), False, None
+        job.state, job.nodes, job.start, job.warned, job.preempted = "RUNNING", nodes, time.time(), False, None
         job.becomes, job.kill_at = None, float("inf")
         names = {
             "SLURM_JOB_ID": job.raw, "SLURM_JOB_NODELIST": listed(nodes), "SLURM_JOB_NUM_NODES": len(nodes),
@@ -288,10 +289,10 @@ class Controller:
                 ["bash", str(path)], cwd=job.options["chdir"], env=environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
-        self.tell(job, State="RUNNING", NodeList=listed(nodes), Start=moment(job.start))
+        self.account(job, State="RUNNING", NodeList=listed(nodes), Start=moment(job.start))
 
     def processes(self, job: Job, *, steps: bool = False) -> Iterator[int]:
-        """All that a job has started; `steps`: only what its srun has."""
+        """The processes of a job; with `steps`, only those started by srun."""
         wanted = {f"{MARK}={self.folder}".encode(), f"SLURM_JOB_ID={job.raw}".encode()}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -302,7 +303,7 @@ class Controller:
                 yield int(folder.name)
 
     def give_notice(self, job: Job) -> bool:
-        """Send what a job has asked for before its end: [B:]NAME[@SECONDS], with B: to its script alone."""
+        """Send the signal that a job requested before its end, [B:]NAME[@SECONDS]; with B: only to its script."""
         place, _, name = job.options.get("signal", "").partition("@")[0].rpartition(":")
         if place != "B":
             return not name or self.signal(job, name, steps=True)
@@ -311,7 +312,7 @@ class Controller:
         return True
 
     def signal(self, job: Job, name: str, *, steps: bool = False) -> bool:
-        """Whether there was any process to send it to."""
+        """Send a signal to a job's processes. Returns whether there were any."""
         sent = False
         for pid in self.processes(job, steps=steps):
             with contextlib.suppress(ProcessLookupError):
@@ -320,7 +321,7 @@ class Controller:
         return sent
 
     def end(self, job: Job, becomes: str, *, again: bool = False) -> None:
-        """Have a job's processes end, and say what it is then."""
+        """End a job's processes, after which it gets the state `becomes`."""
         now = time.time()
         job.again = again and "no-requeue" not in job.options
         if job.process is None:
@@ -348,7 +349,7 @@ class Controller:
         return f"0\0{out}\n\0" if out else "0\0\0"
 
     def control(self, arguments: list[str]) -> str:
-        """What no Slurm has: `silence DAEMON`, and `heal` for all of them."""
+        """Handle commands that Slurm does not have: `silence DAEMON`, and `heal` for all daemons."""
         self.silent = {*self.silent, arguments[1]} if arguments[0] == "silence" else set()
         return ""
 
@@ -423,7 +424,7 @@ class Controller:
         for job in self.jobs:
             if wanted and not {job.id, str(job.base)} & set(wanted.split(",")):
                 continue
-            known = [[record for when, record in told if when < time.time() - LAG] for told in job.history]
+            known = [[record for when, record in start if when < time.time() - LAG] for start in job.history]
             starts = [records[-1] for records in known if records]
             rows += ["|".join(record[name] for name in fields) for record in (starts if every else starts[-1:])]
         return "\n".join(rows)
@@ -448,7 +449,7 @@ class Controller:
             if "dependency" in values:
                 job.after = dependencies(values["dependency"])
             if "timelimit" in values:
-                job.limit, job.told = seconds_of(values["timelimit"]), False
+                job.limit, job.warned = seconds_of(values["timelimit"]), False
         return ""
 
     def existing(self, id: str, prefix: str = "") -> list[Job]:
@@ -490,7 +491,7 @@ class Controller:
 
 
 def read_options(words: list[str], options: dict[str, str]) -> list[str]:
-    """Put sbatch's options into `options`, and return the other words."""
+    """Parse sbatch's options into `options`, and return the other words."""
     rest = []
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
@@ -516,7 +517,7 @@ def option(arguments: list[str], name: str, short: str, default: str | None = No
 
 
 def dependencies(text: str) -> list[tuple[str, list[int]]]:
-    """afterok:1:2,afterany:3; jobs that nobody knows count as ended well."""
+    """Parse dependencies like afterok:1:2,afterany:3. Unknown jobs count as completed."""
     found = []
     for part in filter(None, text.split(",")):
         kind, *ids = part.split(":")
@@ -527,7 +528,7 @@ def dependencies(text: str) -> list[tuple[str, list[int]]]:
 
 
 def seconds_of(text: str) -> float:
-    """A time limit: minutes, or minutes:seconds, or hours:minutes:seconds."""
+    """Parse a time limit: minutes, minutes:seconds, or hours:minutes:seconds."""
     if not text:
         return float("inf")
     if not re.fullmatch(r"\d+(:\d+){0,2}", text):
@@ -539,19 +540,19 @@ def seconds_of(text: str) -> float:
 
 
 def array_indices(text: str) -> list[int]:
-    """0-3 or 0-3%2; how many may run at once is ignored."""
+    """Parse the indices of an array, 0-3 or 0-3%2; the limit of parallel tasks is ignored."""
     first, last = text.partition("%")[0].split("-")
     return list(range(int(first), int(last) + 1))
 
 
 def listed(nodes: list[str]) -> str:
-    """node1, or node[1-2]."""
+    """Format a list of nodes as node1 or node[1-2]."""
     numbers = [node.removeprefix("node") for node in nodes]
     return f"node[{numbers[0]}-{numbers[-1]}]" if len(nodes) > 1 else "".join(nodes)
 
 
 def expanded(nodes: str) -> list[str]:
-    """The nodes that node1,node[2-3] stands for."""
+    """Expand a list of nodes like node1,node[2-3]."""
     found = []
     for part in re.findall(r"[^,\[]+(?:\[[^\]]*\])?", nodes):
         name, _, numbers = part.rstrip("]").partition("[")
@@ -565,7 +566,7 @@ def moment(when: float | None) -> str:
 
 
 def run_step(arguments: list[str]) -> int:
-    """srun: one task for each node of the job, all of which end when one fails."""
+    """Run srun: one task per node of the job, all of which are killed if one fails."""
     output = "/dev/stdout"
     while arguments[0].startswith("-"):
         word = arguments.pop(0)
@@ -591,7 +592,7 @@ def run_step(arguments: list[str]) -> int:
 
 
 def serve(folder: Path) -> None:
-    """Be the cluster until standard input ends."""
+    """Run the cluster until standard input ends."""
     (folder / "bin").mkdir(parents=True)
     (folder / "scripts").mkdir()
     (folder / "client.py").write_text(CLIENT)
@@ -617,7 +618,7 @@ def serve(folder: Path) -> None:
                         controller.signal(job, "KILL")
                     return
                 line, _ = listener.accept()
-                # A client that is killed meanwhile, as by its own scancel, has asked, but hears nothing.
+                # A client may be killed before it gets the answer, for example by its own scancel.
                 with line, contextlib.suppress(BrokenPipeError), line.makefile("rb") as file:
                     if said := file.read():
                         line.sendall(controller.answer(Request.read(said)).encode())

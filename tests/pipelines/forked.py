@@ -1,6 +1,6 @@
-"""Commands in a fork of the tests' own process, which has imported all that they need: starting them costs nothing.
+"""Runs commands in forks of the test process, which has already imported their modules, so that they start instantly.
 
-They are `python -m PACKAGE ...` in every other respect; that these start is for the tests that start them.
+In all other respects they are `python -m PACKAGE ...`. Other tests check that these start.
 """
 
 import importlib
@@ -28,7 +28,7 @@ def run_forked(
     """Run `python -m PACKAGE ARGUMENTS` to its end.
 
     Raises:
-        subprocess.TimeoutExpired: it takes too long.
+        subprocess.TimeoutExpired: the command takes too long.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         command = Forked(package, *arguments, env=env, cwd=cwd, outputs=(out.fileno(), err.fileno()))
@@ -46,8 +46,8 @@ def run_forked(
 
 
 class Forked:
-    """`python -m PACKAGE ARGUMENTS` while it runs, with what is asked of a `subprocess.Popen`; by default it is not
-    heard. It can be killed at once, and not while it imports."""
+    """A running `python -m PACKAGE ARGUMENTS` with the used part of `subprocess.Popen`'s interface. By default its
+    output is discarded. A kill never hits its imports, since there are none."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Forked:
         cwd: Path | None = None,
         outputs: tuple[int, int] | None = None,
     ) -> None:
-        """Start it; `outputs`: descriptors of its standard output and error."""
+        """Start the command; `outputs` are the descriptors of its standard output and error."""
         importlib.import_module(package)
         self.arguments = arguments
         self.returncode: int | None = None
@@ -67,10 +67,10 @@ class Forked:
             _become(package, arguments, os.environ.copy() if env is None else env, cwd, outputs or (null, null))
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, when it has ended.
+        """Wait for the end of the command, and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it takes too long.
+            subprocess.TimeoutExpired: the command takes too long.
         """
         if self.returncode is None:
             handle = os.pidfd_open(self.pid)
@@ -83,19 +83,19 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it has not been waited for."""
+        """Send a signal to the command, unless it has been waited for."""
         if self.returncode is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
 def _become(
     package: str, arguments: tuple[str, ...], env: Mapping[str, str], cwd: Path | None, outputs: tuple[int, int]
 ) -> NoReturn:
-    """Be the command, in a fork."""
+    """Run the command in the forked process, and exit."""
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -112,7 +112,7 @@ def _become(
             finish(0)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # as Python says at its end
+    except BaseException:  # reported like an uncaught exception
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A finished run, shaped like a real one, whose artifacts are made by hand in a moment: two iterations, no model."""
+"""Builds a finished run that is structured like a real one: two iterations, without any model, in an instant."""
 
 import gzip
 import json
@@ -48,15 +48,15 @@ SHARD = 2
 """Prompts per shard."""
 
 Mutation = Callable[[str, list[Any]], list[Any]]
-"""Given the name of a stage and the rows that it would publish, those that it does."""
+"""A function from a stage's name and its rows to the rows that it publishes instead."""
 
 
 class HandmadeRun:
-    """`build` makes the whole of it; the paths of what it reads from outside lie beside it."""
+    """A run that `build` creates; its external inputs (prompts, models, rules) lie next to it."""
 
     def __init__(self, folder: Path, mutate: Mutation = lambda name, rows: rows, *, on_samples: bool = False) -> None:
-        self.on_samples = on_samples  # trained by PPO instead of by DPO
-        self.salt = ""  # other weights for another salt
+        self.on_samples = on_samples  # trained by PPO instead of DPO
+        self.salt = ""  # another salt gives other weights
         self.questions = 5  # the last two are held out
         self.path = folder / "runs" / "handmade"
         self.source = folder / "prompts.jsonl"
@@ -90,7 +90,7 @@ class HandmadeRun:
         return self
 
     def improve(self, iteration: int, policy: Path) -> Path:
-        """One iteration; returns the next policy."""
+        """Publish one iteration. Returns the next policy."""
         here = f"iteration-{iteration:03d}"
         rollouts = self.rollouts(f"{here}/generation", policy, "prompts/train", iteration)
         rewards = self.scores(f"{here}/reward", rollouts, "reward")
@@ -109,7 +109,7 @@ class HandmadeRun:
         return self.checkpoint(f"{here}/training", PolicyConfig, model=policy, **data)
 
     def evaluate(self, iteration: int, policy: Path) -> None:
-        """Judge a policy."""
+        """Publish the evaluation of a policy, with its rollouts and scores."""
         here = f"iteration-{iteration:03d}"
         rollouts = self.rollouts(f"{here}/heldout/generation", policy, "prompts/heldout", iteration)
         scores = {name: self.scores(f"{here}/heldout/{name}", rollouts, name) for name in ("reward", "gold")}
@@ -129,7 +129,7 @@ class HandmadeRun:
         )
 
     def rollouts(self, name: str, policy: Path, prompts: str, iteration: int) -> Path:
-        """Publish three random answers to every prompt."""
+        """Publish three random answers per prompt."""
         config = GenerationConfig(
             output=self.path / name, policy=policy, prompts=self.path / prompts, iteration=iteration, k=3, seed=7
         )
@@ -188,7 +188,7 @@ class HandmadeRun:
         return publish(config, PAIRS, {0: self.mutate(name, rows)}, content, weights=manifest.weights)
 
     def experience(self, name: str, rollouts: Path, scores: dict[str, Path]) -> Path:
-        """Publish the samples as they are, with advantages by chance."""
+        """Publish the samples with random advantages and returns."""
         config = ExperienceConfig(output=self.path / name, algorithm="ppo", rollouts=rollouts, **scores)
         found = {
             kind: {(row.prompt_id, row.sample): row for row in Artifact.open(path).rows(Score)}
@@ -229,7 +229,7 @@ class HandmadeRun:
         return publish(config, CHECKPOINT, {}, content, weights=weights, log=[{"step": 1, "loss": 0.69}])
 
     def write_metrics(self) -> None:
-        """Write metrics.jsonl as the driver does."""
+        """Write metrics.jsonl like the driver."""
         points = []
         for iteration in (0, 1, 2):
             name = f"iteration-{iteration:03d}/evaluation"
@@ -252,7 +252,7 @@ def answer(chance: random.Random, sample: int) -> Completion:
 
 
 def numbers_of(completion: Completion, column: str | None, chance: random.Random) -> dict[str, tuple[float, ...]]:
-    """A random number for each token of an answer, under the name of its column, if any."""
+    """A column with a random number for each token of an answer, or nothing."""
     return {column: tuple(-chance.random() for _ in completion.response_ids)} if column else {}
 
 
@@ -281,7 +281,7 @@ def pair_of(rollout: Rollout, better: Completion, worse: Completion, scores: dic
 
 
 def place_of(rollouts: Artifact) -> dict[str, int]:
-    """The number of the shard that holds each prompt."""
+    """The shard numbers of prompts by id."""
     rows = [row.prompt_id for row in rollouts.rows(Rollout)]
     return {name: number // SHARD for number, name in enumerate(rows)}
 
@@ -296,7 +296,7 @@ def publish(
     weights: str | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Publish rows and files under the key that the stage would have; returns the directory."""
+    """Publish rows and files under the stage's key. Returns the directory."""
     parts = key_parts(config, VERSIONS)
     publication = Publication(config.output, schema, config.stage, stage_key(parts))
     config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -326,7 +326,7 @@ def publish(
 
 
 def write_model(folder: Path, name: str) -> None:
-    """A model directory whose weights nobody could load, in the right format."""
+    """Write a model directory whose weights have the right format, but cannot be loaded as a model."""
     folder.mkdir(exist_ok=True)
     data = random.Random(name).randbytes(64)
     header = json.dumps({"weight": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
@@ -336,7 +336,7 @@ def write_model(folder: Path, name: str) -> None:
 
 
 def compress(shard: Path) -> Path:
-    """Keep a file compressed, as `pipeline gc` does."""
+    """Replace a file by its compressed form, like `pipeline gc`."""
     packed = shard.with_name(shard.name + ".gz")
     with packed.open("wb") as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as writer:
         writer.write(shard.read_bytes())

@@ -1,11 +1,11 @@
-"""A DOUBLE of the Hugging Face Hub, for tests: no part of it is the Hub's own.
+"""A test double of the Hugging Face Hub, written from scratch.
 
-It stands for what huggingface_hub and datasets ask of the Hub over HTTP when HF_HUB_DISABLE_XET=1: accounts and their
-rights, repos, commits, tags, branches, the LFS store, downloads. Commits are content-addressed and compare-and-swap as
-on the Hub; everything lies in memory. Not doubled: Xet, pull requests, gated repos, pagination.
+It implements the HTTP requests of huggingface_hub and datasets with HF_HUB_DISABLE_XET=1: accounts and their rights,
+repos, commits, tags, branches, the LFS store, downloads. Commits are content-addressed and compare-and-swap as on the
+Hub; everything is in memory. Not implemented: Xet, pull requests, gated repos, pagination.
 
-`Fault`s are injected into requests: statuses with headers, connections cut in the question or before the answer,
-slowness. `requests` is the log of what was asked.
+`Fault`s can be injected into requests: statuses with headers, connections cut during the request or the response, and
+delays. `requests` is the log of all requests.
 """
 
 import base64
@@ -30,37 +30,37 @@ HEX = re.compile("[0-9a-f]{40}")
 
 @dataclass
 class Account:
-    """Who a token belongs to, and what it may do."""
+    """The owner of a token, and its rights."""
 
     name: str = "alice"
     role: str = "write"
     organizations: tuple[str, ...] = ("ateam",)
 
     def may_write(self, namespace: str) -> bool:
-        """Whether it may create and change repos there."""
+        """Whether it may create and change repos in the namespace."""
         return self.role == "write" and namespace in (self.name, *self.organizations)
 
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose "METHOD /path" the pattern is found in."""
+    """A fault in requests whose "METHOD /path" matches the pattern."""
 
     pattern: str = ""
     times: int = 1
     after: int = 0
-    """How many such requests come before the first that it hits."""
+    """The number of matching requests before the first one that it hits."""
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_request: int | None = None
-    """The connection breaks after this many bytes of the request's body, which does nothing."""
+    """The connection breaks after this many bytes of the request's body, and the request has no effect."""
     cut_answer: int | None = None
-    """The request is done; the connection breaks after this many bytes of the answer's body."""
+    """The request is executed, and the connection breaks after this many bytes of the response's body."""
     delay: float = 0.0
     call: Callable[[], object] | None = None
-    """Is called when it hits, before the request is done."""
+    """A function that is called when the fault hits, before the request is executed."""
 
     def hits(self, request: str) -> bool:
-        """Whether it is this request's turn; counts it."""
+        """Whether the fault hits this request, which is counted."""
         if self.times <= 0 or not re.search(self.pattern, request):
             return False
         if self.after:
@@ -72,23 +72,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class Blob:
-    """One file: its content, or that of its pointer to the LFS store."""
+    """A file: its content, or the content of its pointer to the LFS store."""
 
     content: bytes
     lfs: bytes | None = None
 
     @property
     def oid(self) -> str:
-        """What git calls it."""
+        """The file's object id in git."""
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
     def data(self) -> bytes:
-        """What a download gives."""
+        """The content that a download returns."""
         return self.content if self.lfs is None else self.lfs
 
     def entry(self, path: str) -> dict[str, Any]:
-        """As the Hub lists it."""
+        """The file's entry in the Hub's listings."""
         found: dict[str, Any] = {"type": "file", "oid": self.oid, "size": len(self.data), "path": path}
         if self.lfs is not None:
             lfs = {"oid": hashlib.sha256(self.lfs).hexdigest(), "size": len(self.lfs)}
@@ -98,7 +98,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Commit:
-    """One state of a repo."""
+    """A commit of a repo."""
 
     title: str
     message: str
@@ -107,13 +107,13 @@ class Commit:
 
     @property
     def id(self) -> str:
-        """Depends on the content, its history and the words, and on no clock."""
+        """The commit's id. It depends on the content, the history and the messages, but not on the time."""
         tree = sorted((path, blob.oid) for path, blob in self.tree.items())
         return hashlib.sha1(repr((self.title, self.message, self.parent, tree)).encode()).hexdigest()
 
 
 class Repo:
-    """A repo: commits, branches and tags."""
+    """A repo with its commits, branches and tags."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
@@ -123,14 +123,14 @@ class Repo:
         self.commit("main", None, "initial commit", "", {".gitattributes": Blob(ATTRIBUTES)})
 
     def commit(self, branch: str, parent: str | None, title: str, message: str, tree: dict[str, Blob]) -> str:
-        """Put a commit at the end of a branch."""
+        """Add a commit to a branch, and return its id."""
         commit = Commit(title, message, parent, tree)
         self.commits[commit.id] = commit
         self.branches[branch] = commit.id
         return commit.id
 
     def resolve(self, revision: str) -> str:
-        """The commit of a branch, a tag or an id."""
+        """The commit id of a branch, a tag or an id."""
         for names in (self.branches, self.tags):
             if revision in names:
                 return names[revision]
@@ -154,7 +154,7 @@ class Repo:
 
 
 class RefusalError(Exception):
-    """An answer that is an error."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -163,7 +163,7 @@ class RefusalError(Exception):
 
 
 class HubDouble:
-    """The double: `with HubDouble() as hub`, and HF_ENDPOINT=hub.endpoint."""
+    """The double, used by `with HubDouble() as hub` and HF_ENDPOINT=hub.endpoint."""
 
     def __init__(self) -> None:
         self.tokens = {"hf_test": Account()}
@@ -186,7 +186,7 @@ class HubDouble:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a process needs in its environment to use it."""
+        """The environment variables that a process needs to use the double."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": "hf_test",
@@ -195,11 +195,11 @@ class HubDouble:
         }
 
     def repo(self, id: str, type: str = "model") -> Repo:
-        """A repo that is there."""
+        """An existing repo."""
         return self.repos[type, id]
 
     def create(self, id: str, type: str = "model", *, private: bool = False, **files: bytes) -> Repo:
-        """Make a repo, with files where any are given ("__" in a name is a dot)."""
+        """Create a repo, optionally with files ("__" in a name becomes a dot)."""
         repo = self.repos[type, id] = Repo(private)
         if files:
             tree = {name.replace("__", "."): Blob(content) for name, content in files.items()}
@@ -207,7 +207,7 @@ class HubDouble:
         return repo
 
     def state(self) -> dict[str, Any]:
-        """All that a visitor can see: of every repo its refs, with their histories and files."""
+        """The visible state: the refs of every repo with their histories and files."""
         found = {}
         for (type, id), repo in sorted(self.repos.items()):
             refs = {**repo.branches, **{f"tag {name}": at for name, at in repo.tags.items()}}
@@ -217,10 +217,10 @@ class HubDouble:
             }
         return found
 
-    # What is asked.
+    # Access rights.
 
     def account(self, token: str | None) -> Account | None:
-        """Whose a token is; None: nobody's, without one."""
+        """The account of a token; None without a token."""
         if not token:
             return None
         if token not in self.tokens:
@@ -228,7 +228,7 @@ class HubDouble:
         return self.tokens[token]
 
     def open(self, type: str, id: str, account: Account | None, *, write: bool = False) -> Repo:
-        """A repo that somebody may read, or write."""
+        """A repo, if the account may read it, or write to it."""
         repo = self.repos.get((type, id))
         namespace = id.partition("/")[0]
         member = account is not None and namespace in (account.name, *account.organizations)
@@ -242,7 +242,7 @@ class HubDouble:
 
 
 def pointer(content: bytes) -> Blob:
-    """A file in the LFS store."""
+    """The pointer of a file in the LFS store."""
     oid, size = hashlib.sha256(content).hexdigest(), len(content)
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n"
     return Blob(text.encode(), content)
@@ -253,12 +253,12 @@ class _Server(ThreadingHTTPServer):
     hub: HubDouble
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed cut their connections."""
+        """Ignore errors, because killed clients cut their connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer is one packet, for which nobody waits
+    wbufsize = -1  # buffered, so that a response is one packet
     server: _Server
 
     def do_any(self) -> None:
@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(length if limit is None else min(limit, length))
 
     def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        """Send JSON, or bytes."""
+        """Send a response of JSON or bytes."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         cut = getattr(self, "cut", None)
         self.cut = None
@@ -327,11 +327,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: Any) -> None:
-        """The log is `requests`."""
+        """Print nothing; the log is `requests`."""
 
 
 def _answer(at: _Handler, path: list[str], query: dict[str, list[str]], body: bytes, token: str) -> None:
-    """Do what one request asks for."""
+    """Execute a request and send its response."""
     hub = at.server.hub
     match at.command, path:
         case "GET", ["api", "whoami-v2"]:
@@ -386,7 +386,7 @@ def _create(hub: HubDouble, account: Account | None, asked: dict[str, Any]) -> t
 
 
 def _slot(hub: HubDouble, asked: dict[str, Any]) -> dict[str, Any]:
-    """Where a file of the LFS store is to be uploaded; nowhere, if it is there."""
+    """The upload address for a file of the LFS store; none if the store has it already."""
     href, slot = f"{hub.endpoint}/_lfs/{asked['oid']}", {"oid": asked["oid"], "size": asked["size"]}
     if asked["oid"] in hub.store:
         return slot
@@ -493,7 +493,7 @@ def _listed(tree: dict[str, Blob], inside: str, recursive: bool) -> list[dict[st
 
 
 def _modes(repo: Repo, revision: str, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each file whether it goes to the LFS store."""
+    """The upload mode of each file: whether it goes to the LFS store."""
     tree, found = repo.tree(revision), []
     for file in files:
         binary = b"\0" in base64.b64decode(file["sample"])

@@ -1,4 +1,4 @@
-"""What becomes of tests whose machine lacks something that cannot be installed."""
+"""Skips tests on machines that lack something that cannot be installed."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ import pytest
 
 
 def do_without(message: str) -> NoReturn:
-    """Skip, with a warning in the summary; with CI=true, fail."""
+    """Skip the test with a warning in the summary; with CI=true, fail."""
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)

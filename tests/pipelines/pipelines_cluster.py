@@ -1,4 +1,4 @@
-"""Slurm for tests: virtual nodes on this machine, started and ended by scripts/dev-slurm.sh, or a fake of them."""
+"""Slurm for tests: a development cluster on this machine (scripts/dev-slurm.sh), or a fake (fake_slurm.py)."""
 
 import contextlib
 import os
@@ -16,18 +16,18 @@ import fake_slurm
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
 FIRST_NODE_PORT = 11
 UNTIL_GO = "until test -e go; do sleep 0.1; done"
-"""In a job's script: wait for a file in its directory."""
+"""A job's script that waits for a file in its directory."""
 SECONDS_UNTIL_SAVED = 6
 """slurmctld writes its state at most this long after a change."""
 FIELDS = ["JobID", "State", "ExitCode", "NodeList", "Submit", "Start", "End", "JobName", "Partition"]
 
 
-class ClusterRefused(Exception):  # noqa: N818 - what the message says is how to get a cluster, not what broke
+class ClusterRefused(Exception):  # noqa: N818 - the message says how to get a cluster
     """No cluster can run on this machine; the message says what is missing and how to get it."""
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 200, what: str = "") -> None:
-    """Wait until the condition holds; AssertionError after a deadline."""
+    """Wait until the condition holds. Raises AssertionError after a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} seconds: {what or condition}"
@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 200, what: str = 
 
 
 def free_base_port(nodes: int) -> int:
-    """Return the base port of a cluster all of whose ports are free."""
+    """Return a base port such that all ports of a cluster are free."""
     for base in random.Random().sample(range(20000, 32000, 100), 50):
         if all(is_free(base + offset) for offset in [0, 1, *range(FIRST_NODE_PORT, FIRST_NODE_PORT + nodes)]):
             return base
@@ -51,13 +51,13 @@ def is_free(port: int) -> bool:
 
 
 class Slurm:
-    """A cluster by its commands, real or fake."""
+    """A real or fake cluster, controlled by Slurm's commands."""
 
     environment: dict[str, str]
-    """What a process has to have in its environment to use the cluster."""
+    """The environment variables that a process needs to use the cluster."""
 
     def run(self, *command: str) -> str:
-        """Run a command with this cluster as Slurm's, and return what it prints."""
+        """Run a command on this cluster, and return its output."""
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **self.environment}
         )
@@ -70,19 +70,19 @@ class Slurm:
         return self.run("sbatch", *defaults, *options, f"--wrap={script}")
 
     def jobs(self) -> set[str]:
-        """Ids of all jobs and array tasks (5_0) that wait, run or are just ending."""
+        """The ids of all jobs and array tasks (5_0) that wait, run or are just ending."""
         return set(self.run("squeue", "--noheader", "--array", "--format=%i").split())
 
     def job(self, job_id: str) -> dict[str, str]:
-        """Return all that the controller says of a job: JobState, Restarts, NodeList, Reason and so on."""
+        """Return the controller's information on a job: JobState, Restarts, NodeList, Reason and so on."""
         line = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def accounting(self, job_ids: Iterable[str]) -> dict[str, dict[str, str]]:
-        """By id (of an array: 5_0), the last record of each job: FIELDS, and State as one word.
+        """The last accounting record of each job by id (for an array: 5_0): FIELDS, with State as one word.
 
-        It lags by about a second: a job just submitted may be missing. The tasks of an array that wait share a record
-        (5_[4-15]).
+        Accounting lags by about a second, so a job that was just submitted may be missing. Waiting tasks of an array
+        share a record (5_[4-15]).
         """
         chosen = f"--jobs={','.join(job_ids)}"
         table = self.run("sacct", "-X", "-n", "-P", chosen, f"--format={','.join(FIELDS)}")
@@ -92,28 +92,28 @@ class Slurm:
         return {record["JobID"]: record for record in records}
 
     def wait_for_state(self, job_id: str, state: str, seconds: float = 200) -> None:
-        """Wait until the controller says that a job is in this state (RUNNING, COMPLETED, ...)."""
+        """Wait until a job is in this state (RUNNING, COMPLETED, ...) according to the controller."""
         wait_for(lambda: self.job(job_id)["JobState"] == state, seconds, f"job {job_id} is {state}")
 
     def node_state(self, node: str) -> str:
-        """Return idle, mixed, allocated, down and so on; with a star where the node does not answer."""
+        """Return idle, mixed, allocated, down and so on; with a star if the node does not respond."""
         return self.run("sinfo", "--noheader", "--partition=gpu", f"--nodes={node}", "--format=%T")
 
     def set_down(self, node: str) -> None:
-        """End all that runs on a node, as if it had failed: jobs that may be requeued start elsewhere."""
+        """End everything on a node, as if it had failed; requeueable jobs start elsewhere."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def set_up(self, node: str) -> None:
-        """Take a node that is down back, and wait until it accepts jobs."""
+        """Bring a node back into service, and wait until it accepts jobs."""
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
         wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), 200, f"{node} is back")
 
 
 class FakeCluster(Slurm):
-    """fake_slurm.py in a process of its own, which ends with this one."""
+    """A fake cluster (fake_slurm.py) in a separate process, which ends with this one."""
 
     def __init__(self, folder: Path) -> None:
-        """Start it, with a directory that is absent."""
+        """Start the cluster in a directory that does not exist yet."""
         self.folder = folder
         self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
         command = [sys.executable, fake_slurm.__file__, "serve", str(folder)]
@@ -122,29 +122,29 @@ class FakeCluster(Slurm):
         assert self.server.stdout.readline() == b"ready\n"
 
     def run(self, *command: str) -> str:
-        """The same, without a process for each of the many questions of tests that wait."""
+        """Run a command without starting a process, because tests that wait run many commands."""
         code, out, err = fake_slurm.ask(str(self.folder), list(command), {**os.environ, **self.environment})
         assert code == 0, f"{command}: {err}"
         return out.strip()
 
     def end(self) -> None:
-        """End it with all of its jobs."""
+        """End the cluster with all of its jobs."""
         self.server.communicate(timeout=60)
 
     def kill(self, daemon: str) -> None:
-        """Have slurmctld or slurmdbd not answer; `up` repairs that."""
+        """Make slurmctld or slurmdbd unresponsive; `up` repairs that."""
         self.run("control", "silence", daemon)
 
     def up(self) -> None:
-        """Have all daemons answer."""
+        """Make all daemons respond again."""
         self.run("control", "heal")
 
 
 class Cluster(Slurm):
-    """A real cluster in a directory of its own. It ends with the process that made it, however that ends."""
+    """A real cluster in its own directory. It ends with the process that started it, however that ends."""
 
     def __init__(self, state: Path, nodes: int = 4) -> None:
-        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 fake GPUs each) in an absent directory."""
+        """Start a cluster of `nodes` nodes (node1 and so on, 8 CPUs and 8 fake GPUs each) in a new directory."""
         self.state = state
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}
@@ -153,7 +153,7 @@ class Cluster(Slurm):
             "DEV_SLURM_NODES": str(nodes),
             "DEV_SLURM_PORT": str(free_base_port(nodes)),
         }
-        # Its standard input ends with this process, also when this one is killed.
+        # Its standard input ends with this process, even if this one is killed.
         self.ending = subprocess.Popen(
             ["bash", "-c", 'read -r; exec bash "$0" down', str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -168,7 +168,7 @@ class Cluster(Slurm):
             raise
 
     def end(self) -> None:
-        """Take it down; a second time does nothing."""
+        """End the cluster; a second call does nothing."""
         assert self.ending.stdin is not None
         self.ending.stdin.close()
         assert self.ending.wait(timeout=60) == 0, f"{SCRIPT} down failed in {self.state}"
@@ -181,7 +181,7 @@ class Cluster(Slurm):
         )
 
     def up(self) -> str:
-        """Start or repair it, and return what a shell has to evaluate."""
+        """Start or repair the cluster, and return the commands that a shell has to evaluate."""
         result = self.script("up")
         if result.returncode == 2:
             raise ClusterRefused(result.stderr.strip())
@@ -197,14 +197,14 @@ class Cluster(Slurm):
         os.kill(self.process(daemon), signal.SIGKILL)
 
     def restart_controller(self) -> None:
-        """Kill slurmctld with SIGKILL, and start it again; jobs that run go on meanwhile.
+        """Kill slurmctld with SIGKILL, and start it again; running jobs continue.
 
-        A controller that is killed forgets what it has not yet written, even jobs it has accepted. This waits until it
-        has written all that was submitted before the call.
+        A killed controller loses state that it has not written yet, even accepted jobs. So this first waits until
+        everything submitted before the call is written.
         """
         called = time.time()
         written = self.state / "jobs" / "job_state"
-        # Where nothing has changed, it writes nothing.
+        # It writes nothing if nothing has changed.
         while time.time() < called + SECONDS_UNTIL_SAVED and not (
             written.exists() and written.stat().st_mtime > called
         ):

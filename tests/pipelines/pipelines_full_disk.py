@@ -1,10 +1,10 @@
-"""A command on a disk that fills up while it works, and once more when there is room again.
+"""Runs a command on a disk that fills up while it runs, and a second time with free space.
 
     unshare --map-root-user --mount python pipelines_full_disk.py DIRECTORY WHEN COMMAND ...
 
-Mounts a small file system on DIRECTORY, runs the command, fills the disk to its last page as soon as a path that fits
-the pattern WHEN (below DIRECTORY) is there, keeps it full to the command's end, and then empties it and runs the
-command again. Prints what happened as JSON.
+Mounts a small file system on DIRECTORY and runs the command. As soon as a path below DIRECTORY matches the pattern
+WHEN, fills the disk to its last page and keeps it full until the command ends. Then frees the space and runs the
+command again. Prints the results as JSON.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 
 SIZE = "100m"
-"""More than a stage wants to see free at its start."""
+"""More than the free space that a stage requires at its start."""
 SECONDS = 200.0
 
 
 def main(directory: Path, when: str, command: list[str]) -> dict[str, Any]:
-    """Returns exit code and output of both attempts, and what was published after each."""
+    """Run the command twice. Returns exit code, output and published digests of both attempts."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(directory)], check=True)
     ballast = directory / "ballast"
     deadline = time.monotonic() + SECONDS
@@ -67,7 +67,7 @@ def fill(ballast: Path) -> None:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """The digest of every artifact that is whole, by place."""
+    """The digests of all published artifacts by path; asserts that none is damaged."""
     found = {path.parent: Artifact.open(path.parent) for path in directory.rglob(MANIFEST)}
     assert not [problem for artifact in found.values() for problem in artifact.damage()]
     return {path.relative_to(directory).as_posix(): artifact.manifest.digest for path, artifact in found.items()}

@@ -1,4 +1,4 @@
-"""A run on a cluster, seen from outside: by its commands, its files, and the cluster's queue."""
+"""Drives and observes a run on a cluster from outside: by commands, files, and the cluster's queue."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 
 FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
-"""Two tasks for each array: every task loads a model, and here they share a machine."""
+"""Two tasks per array, because every task loads a model and all of them share this machine."""
 
 
 class SlurmRun:
-    """A run on a cluster: of the smallest configuration, or of stages that pretend to work."""
+    """A run on a cluster, with the smallest real config or with fake stages."""
 
     def __init__(self, config: Path, cluster: Slurm) -> None:
-        """Take a config file that says which executor."""
+        """Observe the run of a config file, which sets the executor."""
         self.cluster = cluster
         self.config = config
         self.path = config.parent / "runs" / config.stem
@@ -35,7 +35,7 @@ class SlurmRun:
 
     @classmethod
     def smallest(cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None) -> "SlurmRun":
-        """Real stages with real models."""
+        """A run with real stages and models."""
         config = write_smallest(folder)
         executor = {"kind": "slurm", "backoff_seconds": 1, "stages": {**FEW, **(stages or {})}}
         config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "executor": executor}))
@@ -45,17 +45,18 @@ class SlurmRun:
     def pretended(
         cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None, **acts: list[str]
     ) -> "SlurmRun":
-        """Stages that pretend to work, and act as they are told (pretend.py)."""
+        """A run with fake stages, which misbehave as `acts` specifies (pretend.py)."""
         executor = {"kind": "slurm", "backoff_seconds": 1, "stages": {**FEW, **(stages or {})}}
         return cls(write_pretended(folder, executor=executor, **acts), cluster)
 
     def release(self, stage: str) -> None:
-        """Have a stage that pretends to wait go on."""
+        """Let a fake stage that waits continue."""
         (self.config.parent / "interpreter" / f"release-{stage.replace('/', '-')}").touch()
 
     @contextlib.contextmanager
     def unanswered(self) -> Iterator[Callable[[], bool]]:
-        """Whoever asks for an environment's versions meanwhile waits for them; yields whether somebody does."""
+        """A context in which queries of the environments' versions block. Yields a function that tells whether one is
+        waiting."""
         path = self.config.parent / "interpreter" / VERSIONS
         answer = path.read_bytes()
         path.unlink()
@@ -73,12 +74,12 @@ class SlurmRun:
             writers.append(os.open(path, os.O_RDWR))
             path.unlink()
             path.write_bytes(answer)
-            os.write(writers[-1], answer)  # for who has asked just before
+            os.write(writers[-1], answer)  # for a query that has just begun
             for writer in writers:
                 os.close(writer)
 
     def pipeline(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run the command to its end, on the cluster."""
+        """Run the command `pipeline` to its end, on the cluster."""
         return pipeline(*arguments, env=self.environment)
 
     def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
@@ -88,53 +89,54 @@ class SlurmRun:
         return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
 
     def detach(self, iterations: int = 2) -> str:
-        """Submit everything; the shell that did is gone afterwards. Returns what it printed."""
+        """Start a detached run, and return the output of the command, which has ended."""
         result = self.pipeline("run", str(self.config), "--iters", str(iterations), "--detach")
         assert result.returncode == 0, result.stderr
         self.detached = True
         return result.stdout
 
     def digests(self) -> dict[str, str]:
-        """The digest of everything that is published, by stage."""
+        """The digests of all published artifacts by stage."""
         return digests(self.path)
 
     def jobs(self, stage: str) -> list[tuple[str, str, str]]:
-        """Id, state and node of a stage's jobs and tasks in the queue, without the one that finishes it."""
+        """Id, state and node of a stage's jobs and tasks in the queue, without the job that finishes it."""
         lines = self.cluster.run("squeue", "--noheader", "--array", "--format=%i|%T|%N|%j").splitlines()
         rows = [line.split("|", 3) for line in lines]
         return [(id, state, node) for id, state, node, name in rows if name == f"{self.path.name}/{stage}"]
 
     def finishing_job(self, stage: str) -> str:
-        """Id of the job that finishes a stage."""
+        """The id of the job that finishes a stage."""
         lines = self.cluster.run("squeue", "--noheader", "--format=%i|%j").splitlines()
         (found,) = [line.partition("|")[0] for line in lines if line.endswith(f"|{self.path.name}/{stage} (finish)")]
         return found
 
     def tasks(self, stage: str) -> list[tuple[str, str]]:
-        """Ids and nodes of those of a stage that run."""
+        """The ids and nodes of a stage's running jobs."""
         return [(id, node) for id, state, node in self.jobs(stage) if state == "RUNNING"]
 
     def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
-        """Wait until the condition holds; AssertionError with the run's status if not, or if a chain has ended."""
+        """Wait until the condition holds. Raises AssertionError with the run's status after a deadline, or if a
+        detached run has no jobs left."""
         try:
             wait_for(lambda: condition() or (self.detached and self.is_over()), seconds, what)
             assert condition(), f"no job is left: {what}"
         except AssertionError as error:
             jobs = self.cluster.run("squeue", "--array", "--format=%i %E %T %r %j %N")
-            said = self.pipeline("status", str(self.path))
-            raise AssertionError(f"{error}\n{said.stdout}{said.stderr}\n{jobs}") from None
+            status = self.pipeline("status", str(self.path))
+            raise AssertionError(f"{error}\n{status.stdout}{status.stderr}\n{jobs}") from None
 
     def wait_for_tasks(self, stage: str, seconds: float = 300) -> list[tuple[str, str]]:
-        """The same, as soon as there are any."""
+        """Wait until a stage has running jobs, and return their ids and nodes."""
         self.wait_for(lambda: self.tasks(stage), seconds, f"{stage} runs")
         return self.tasks(stage)
 
     def wait_until_started(self, *stages: str) -> None:
-        """Until the driver has noted that it has started these."""
+        """Wait until the driver has recorded the start of these stages."""
         self.wait_for(lambda: {*stages} <= {event["stage"] for event in self.events("started")}, 300, f"{stages} start")
 
     def wait_until_waiting(self, stage: str, times: int = 1) -> None:
-        """Until processes of a stage have begun to pretend that they wait so many times."""
+        """Wait until the processes of a fake stage have begun to wait `times` times in total."""
 
         def waits() -> bool:
             logs = (self.path / "logs" / stage).rglob("stage.log")
@@ -143,7 +145,7 @@ class SlurmRun:
         self.wait_for(waits, 300, f"{stage} waits")
 
     def processes(self, stage: str) -> list[int]:
-        """The processes of a stage itself, on whatever node."""
+        """The processes of a stage on all nodes."""
         found = []
         mark = f"RATCHET_ATTEMPT={self.path}/logs/{stage}/".encode()
         for folder in Path("/proc").glob("[0-9]*"):
@@ -157,11 +159,11 @@ class SlurmRun:
 
     @contextlib.contextmanager
     def frozen(self, stage: str) -> Iterator[list[int]]:
-        """Stop a training's processes after they have saved a step, so that what is done to it is in time."""
+        """Stop a training's processes in the context, after they have saved a step. Yields their ids."""
         self.wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
         pids = self.processes(stage)
         deadline = time.monotonic() + 200
-        while not self.saved(stage):  # let it go on for a moment at a time: it is quick
+        while not self.saved(stage):  # let it run only for a moment at a time, because it is fast
             assert time.monotonic() < deadline, f"{stage} has saved nothing"
             signal_all(pids, signal.SIGCONT)
             time.sleep(0.03)
@@ -172,27 +174,27 @@ class SlurmRun:
             signal_all(pids, signal.SIGCONT)
 
     def saved(self, stage: str) -> bool:
-        """Whether a training that is under way has saved what it could go on from."""
+        """Whether an unfinished training has saved a state to resume from."""
         output = self.path / stage
         return any(output.parent.glob(f".{output.name}.partial-*/state/*.safetensors"))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What was recorded of a kind."""
+        """The recorded events of a kind."""
         path = self.path / "events.jsonl"
         events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [event for event in events if event["event"] == kind]
 
     def is_over(self) -> bool:
-        """Whether no job of the cluster is left."""
+        """Whether the cluster has no jobs left."""
         return not self.cluster.jobs()
 
     def wait(self, seconds: float = 600) -> str:
-        """Wait until no job is left, and return what the run's status says then."""
+        """Wait until no job is left, and return the output of `pipeline status`."""
         self.wait_for(self.is_over, seconds, "all jobs end")
         return self.status()
 
     def status(self) -> str:
-        """What `pipeline status` says of the run."""
+        """The output of `pipeline status`."""
         result = self.pipeline("status", str(self.path))
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -206,7 +208,7 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has a signal to answer as soon as it goes on."""
+    """Whether a stopped process has a pending signal; True if it has ended."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         pending = [int(line.split()[1], 16) for line in lines if line.startswith(("ShdPnd:", "SigPnd:"))]
@@ -215,7 +217,7 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
 
 
 def digests(run: Path, last: int | None = None) -> dict[str, str]:
-    """The digest of all that a run has published, by stage, as far as iteration `last`; it may go on meanwhile."""
+    """The digests of a run's published artifacts by stage, up to iteration `last`. The run may still be running."""
     found = {}
     for path, folders, files in os.walk(run):
         folders[:] = [name for name in folders if name not in ("superseded", "logs") and not name.startswith(".")]

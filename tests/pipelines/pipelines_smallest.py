@@ -1,4 +1,4 @@
-"""A run that is as small as a run can be, with every kind of stage in it, and several steps in each training."""
+"""The smallest possible run with every kind of stage and several steps in each training."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from pretend import write_interpreter
 COMMAND = [sys.executable, "-m", "pipelines"]
 SECRET = "hf_" + "QqSecretQq" * 4
 SAVING = {"checkpoint_seconds": 0}
-"""Every optimizer step is saved."""
+"""Saves the training state after every optimizer step."""
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
     "seed": 0,
@@ -43,7 +43,7 @@ SMALLEST: dict[str, Any] = {
 
 
 RULES = '''
-"""A scorer of the user's own, which finds something to prefer in the babble of a barely trained model."""
+"""A custom scorer that can distinguish the answers of a barely trained model."""
 
 
 def variety(*, messages, response, finish_reason, answer):
@@ -52,7 +52,7 @@ def variety(*, messages, response, finish_reason, answer):
 
 
 def write_smallest(folder: Path) -> Path:
-    """Write the smallest run's config file, with its scorer beside it and its runs below it, and return its path."""
+    """Write the smallest run's config file with its scorer next to it, and return its path."""
     (folder / "rules.py").write_text(RULES)
     path = folder / "smallest.yaml"
     config = {**SMALLEST, "directory": str(folder / "runs")}
@@ -68,17 +68,17 @@ def pipeline(*arguments: str, **options: object) -> "subprocess.CompletedProcess
 
 @dataclass
 class FinishedRun:
-    """A run of two iterations that nothing interrupted, with secrets in its environment."""
+    """An uninterrupted run of two iterations, with secrets in its environment."""
 
     config: Path
     output: str
-    """What the command printed."""
+    """The output of the command."""
     command_lines: set[str] = field(default_factory=set)
-    """All that were seen on this machine meanwhile."""
+    """All command lines seen on this machine during the run."""
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """The run's directory."""
         return self.config.parent / "runs" / "smallest"
 
 
@@ -101,7 +101,7 @@ def finish_smallest(config: Path) -> FinishedRun:
 
 
 def watch_process_list(command_lines: set[str], done: threading.Event) -> None:
-    """Collect all command lines that show up on this machine, of each process when it is new: it may become another."""
+    """Collect the command lines of all new processes on this machine; each is read several times, since it may exec."""
     looks: dict[str, int] = {}
     while not done.wait(0.05):
         there = [name for name in os.listdir("/proc") if name.isdigit()]
@@ -120,11 +120,11 @@ PRETENDED: dict[str, Any] = {
     "scorers": {"reward": {"kind": "rule", "function": "embedded.reviews:well_formed"}},
     "generation": {"k": 2, "max_new_tokens": 4, "engine": "transformers"},
 }
-"""A run of few stages, for interpreters that only pretend to run them."""
+"""A run with few stages, for the fake interpreter (pretend.py)."""
 
 
 def write_pretended(folder: Path, *, executor: dict[str, Any] | None = None, **acts: list[str]) -> Path:
-    """Write the config file of a run whose stages pretend to work, and misbehave as `acts` say (pretend.py)."""
+    """Write the config file of a run with fake stages, which misbehave as `acts` specifies (pretend.py)."""
     python = str(write_interpreter(folder / "interpreter", **acts))
     environments = {name: {"python": python} for name in ("generation", "annotation", "training")}
     path = folder / "pretended.yaml"

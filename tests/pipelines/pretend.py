@@ -1,17 +1,17 @@
-"""Stages that compute nothing, for tests of what drives them: real configs, keys, shards and manifests, no model.
+"""Fake stages that compute nothing, for tests of the driver: with real configs, keys, shards and manifests, no model.
 
-`write_interpreter` makes an interpreter that runs these in the place of the real stages, and misbehaves as it is told:
-the first start of a stage's process takes the first of that stage's acts, the next one the next.
+`write_interpreter` writes an interpreter that runs these instead of the real stages and misbehaves on request: the
+first start of a stage's process performs the first of that stage's acts, the second start the second act, and so on.
 
     kill          is killed, as if memory had run out
-    exit N        ends with this exit code
-    mistake       finds a mistake of the user's
-    hang          says nothing more, until it is ended
-    wait          goes on when the file release-STAGE ("-" for "/") is in the interpreter's folder
+    exit N        exits with this code
+    mistake       reports a user's mistake
+    hang          stops responding until it is ended
+    wait          continues when the file release-STAGE ("-" for "/") is in the interpreter's folder
 
-With "after N" ("kill after 1") it acts when it has made so many shards.
+With "after N" ("kill after 1") it acts after N shards.
 
-`set_seconds` says how long stages take besides, each time: so long as one of their shards waits before it is made.
+`set_seconds` sets how long stages take in addition; the time is spent before their shards are written.
 """
 
 import json
@@ -49,13 +49,13 @@ SECONDS = "seconds.json"
 
 
 def write_interpreter(folder: Path, **acts: list[str]) -> Path:
-    """Make the interpreter in an absent folder.
+    """Write the interpreter into a new folder.
 
-    What it would say of the versions of its libraries is written down beside it, in VERSIONS: every run asks three
-    times, and a whole Python would have to start for it.
+    The versions of its libraries are stored next to it in VERSIONS: every run queries them three times, and each query
+    would have to start Python.
 
     Args:
-        acts: by stage, "__" for "/" and "_" for "-" in its name.
+        acts: the acts of each stage, with "__" for "/" and "_" for "-" in its name.
     """
     folder.mkdir()
     named = {stage.replace("__", "/").replace("_", "-"): wanted for stage, wanted in acts.items()}
@@ -73,18 +73,18 @@ def write_interpreter(folder: Path, **acts: list[str]) -> Path:
 
 
 def set_seconds(folder: Path, seconds: dict[str, float]) -> None:
-    """Say how long stages take: by what their names end with, the first that fits."""
+    """Set how long stages take, by suffixes of their names; the first matching suffix counts."""
     (folder / SECONDS).write_text(json.dumps(seconds))
 
 
 def seconds_of(output: Path) -> float:
-    """How long a stage takes."""
+    """The seconds that a stage takes."""
     seconds: dict[str, float] = json.loads((Path(sys.argv[1]) / SECONDS).read_text())
     return next((each for name, each in seconds.items() if f"{output}".endswith(f"/{name}")), 0.0)
 
 
 def run(config: StageConfig, context: Context) -> Outcome:
-    """What each of the stages does."""
+    """Run any of the stages."""
     acts = act(config.output)
     acts(0)
     if config.stage == "policy":
@@ -131,7 +131,7 @@ def row_of(config: StageConfig, name: str) -> Any:
 
 
 def further(config: StageConfig, publication: Publication) -> dict[str, Any]:
-    """Weights and metrics, where a stage has any."""
+    """The weights and facts of a stage's outcome, if it has any; writes its model files."""
     if config.stage == "world":
         for name in ("demonstrations", "heldout", "preference", "train"):
             commit(publication, f"{name}.jsonl", b'{"prompt": "one"}\n')
@@ -160,18 +160,18 @@ def commit(publication: Publication, name: str, content: bytes) -> None:
 
 
 def act(output: Path) -> Callable[[int], None]:
-    """What this start of the stage is told, to be done when it has made so many shards."""
+    """The act of this start of the stage, as a function that is called with the number of finished shards."""
     folder = Path(sys.argv[1])
-    told: list[tuple[str, int, Path]] = []
+    planned: list[tuple[str, int, Path]] = []
     for stage, wanted in json.loads((folder / ACTS).read_text()).items():
         if f"{output}".endswith(f"/{stage}"):
             report_progress(0, SHARDS, "shards")
             what = next((what for number, what in enumerate(wanted) if is_first(folder, stage, number)), "")
             word, _, number = what.partition(" after ")
-            told.append((word, int(number or 0), folder / f"release-{stage.replace('/', '-')}"))
+            planned.append((word, int(number or 0), folder / f"release-{stage.replace('/', '-')}"))
 
     def acts(made: int) -> None:
-        for what, number, release in told:
+        for what, number, release in planned:
             if number == made:
                 perform(what, release)
 
@@ -179,7 +179,7 @@ def act(output: Path) -> Callable[[int], None]:
 
 
 def is_first(folder: Path, stage: str, number: int) -> bool:
-    """Whether nobody has taken this act yet."""
+    """Claim an act. Returns whether no earlier start has claimed it."""
     try:
         (folder / f"{stage.replace('/', '-')}.{number}").touch(exist_ok=False)
     except FileExistsError:
@@ -188,7 +188,7 @@ def is_first(folder: Path, stage: str, number: int) -> bool:
 
 
 def perform(what: str, release: Path) -> None:
-    """One act."""
+    """Perform an act."""
     word, _, number = what.partition(" ")
     print(f"pretends to {what or 'work'}", flush=True)
     if word == "kill":
@@ -205,7 +205,7 @@ if __name__ == "__main__":
     _, _, package, *rest = sys.argv
     if "MASTER_ADDR" in os.environ:
         print("as node {NODE_RANK} of {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), flush=True)
-    module = ModuleType(f"{package}.pretend")  # so that its source counts as the package's
+    module = ModuleType(f"{package}.pretend")  # so that it counts as a module of the package
     module.run = run  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
     main(

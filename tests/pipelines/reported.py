@@ -1,4 +1,4 @@
-"""Handmade runs for tests of the report: what their answers are, how long, and how they are scored."""
+"""Builds handmade runs for tests of the report, with chosen lengths, scores and texts of their answers."""
 
 import json
 import zlib
@@ -18,23 +18,23 @@ from pipelines.insight.report.keep import Keep
 from pipelines.main import main
 
 Length = Callable[[int, int], int]
-"""Given an iteration and a sample, how many tokens its answer has."""
-Judge = Callable[[int, int], float]
-"""Given an iteration and an answer's length, its score."""
+"""A function from iteration and sample to the number of tokens of the answer."""
+Scoring = Callable[[int, int], float]
+"""A function from iteration and answer length to the score."""
 
 
 class ReportedRun(HandmadeRun):
-    """Two iterations; each answer says "word" once for each of its tokens."""
+    """A run of two iterations whose answers consist of one "word" per token."""
 
     def __init__(
         self,
         folder: Path,
         length: Length = lambda iteration, sample: 4 + sample,
-        judge: Judge = lambda iteration, length: length % 2 + iteration,
+        score: Scoring = lambda iteration, length: length % 2 + iteration,
         texts: Callable[[str], str] = lambda text: text,
     ) -> None:
         super().__init__(folder, self._mutated)
-        self._length, self._judge, self._texts = length, judge, texts
+        self._length, self._score, self._texts = length, score, texts
         self._answered: dict[str, dict[tuple[str, int], int]] = {}
 
     def _mutated(self, name: str, rows: list[Any]) -> list[Any]:
@@ -47,12 +47,12 @@ class ReportedRun(HandmadeRun):
         elif rows and isinstance(rows[0], Score) and name.endswith(("reward", "gold")):
             lengths = self._answered[place]
             rows = [
-                msgspec.structs.replace(row, score=float(self._judge(iteration, lengths[row.prompt_id, row.sample])))
+                msgspec.structs.replace(row, score=float(self._score(iteration, lengths[row.prompt_id, row.sample])))
                 for row in rows
             ]
             if name.endswith("reward"):
-                told = {"parts": {"half": 0.5}, "extras": {"why": self._texts("because")}}
-                rows = [msgspec.structs.replace(row, **told) for row in rows]
+                details = {"parts": {"half": 0.5}, "extras": {"why": self._texts("because")}}
+                rows = [msgspec.structs.replace(row, **details) for row in rows]
         return rows
 
     def _answers(self, row: Rollout, iteration: int) -> Rollout:
@@ -92,16 +92,16 @@ def gathered(path: Path) -> RunReport:
 
 
 def answers(report: RunReport) -> dict[str, str]:
-    """What the first screen says, by topic."""
+    """The statements of the first screen by topic."""
     return {one.topic: one.answer for one in report.statements}
 
 
 def page_of(path: Path) -> str:
-    """The page of a run, written by the command."""
+    """The report page of a run, written by the command."""
     assert main(["report", str(path)]) == 0
     return (path / "report.html").read_text()
 
 
 def unpacked(content: str) -> Any:
-    """What is in a chunk."""
+    """The content of a chunk."""
     return json.loads(zlib.decompress(b64decode(content)))

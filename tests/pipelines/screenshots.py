@@ -1,4 +1,4 @@
-"""Makes the images of docs/report.md: python tests/pipelines/screenshots.py PAGE FOLDER."""
+"""Takes the screenshots of docs/report.md: python tests/pipelines/screenshots.py PAGE FOLDER."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ SHOWN = "document.querySelectorAll('.detail article.answer').length"
 
 
 def main(page: Path, folder: Path) -> None:
-    """The first screen at a desk and on a phone, and the pair with the largest margin."""
+    """Take screenshots of the first screen on a desktop and on a phone, and of the pair with the largest margin."""
     browser = Browser()
     try:
         browser.resize(1440, 900)

@@ -1,4 +1,4 @@
-"""Stages that are small things in the place of real ones, made by the test's own process: real keys and manifests."""
+"""Replaces stages by tiny ones that run in the test's own process, with real keys and manifests."""
 
 import json
 import os
@@ -43,11 +43,11 @@ KINDS = {
     "gate": GATE,
 }
 REWARDS = [0.1, 0.5, 0.9, 0.3, 0.4, 0.2, 0.6]
-"""Of the policies, by iteration."""
+"""The rewards of the policies by iteration."""
 
 
 def make(node: Node, salt: str = "") -> None:
-    """Publish what a stage would, in small; an AssertionError where an input of it is not whole."""
+    """Publish a tiny version of a stage's output. Raises AssertionError if one of its inputs is incomplete."""
     config, parts = node.config, key_parts(node.config, {})
     damage = [problem for path in config.input_paths() for problem in input_damage(path)]
     assert damage == [], f"{node.name} was started without its inputs"
@@ -86,14 +86,14 @@ def make(node: Node, salt: str = "") -> None:
 
 
 def model(content: str) -> dict[str, bytes]:
-    """Files of a model."""
+    """The files of a model."""
     data = (digest(content) * 40).encode()
     header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
     return {"config.json": b"{}", "model.safetensors": len(header).to_bytes(8, "little") + header + data}
 
 
 def without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver asks no environment for its versions, leaves the signals alone and does not wait for the disk."""
+    """Patch the driver so that it queries no environment for versions, sets no signal handlers and skips fsync."""
     monkeypatch.setattr(pipelines.execution.lifecycle, "probe_versions", lambda *_: {})
     monkeypatch.setattr(pipelines.run.verdicts, "probe_versions", lambda *_: {})
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -101,7 +101,7 @@ def without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sleep(Protocol):
-    """Some time that passes."""
+    """A wait, with the part of Popen's interface that is used here."""
 
     pid: int
 
@@ -113,23 +113,23 @@ class Sleep(Protocol):
 
 
 def sleep(seconds: float) -> Sleep:
-    """A process that does nothing else."""
+    """Start a process that only sleeps."""
     return subprocess.Popen(["sleep", str(seconds)])
 
 
 class Clock:
-    """A time that passes only while the driver waits, up to the next end of a stage: what else the machine does
-    decides nothing."""
+    """A simulated clock that advances only while the driver waits, to the next end of a stage, so that the load of the
+    machine has no influence."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have this process go by it."""
+        """Make this process use the clock."""
         self.now = time.time()
         self._sleeps: list[Pause] = []
         monkeypatch.setattr(time, "time", lambda: self.now)
         monkeypatch.setattr(pipelines.execution.driver, "wait_for_end", self._wait_for_end)
 
     def sleep(self, seconds: float) -> Sleep:
-        """So much of this time."""
+        """Start a wait on this clock."""
         self._sleeps.append(Pause(self, self.now + seconds))
         return self._sleeps[-1]
 
@@ -141,7 +141,7 @@ class Clock:
 
 @dataclass
 class Pause:
-    """Some time of such a clock."""
+    """A wait on a simulated clock."""
 
     clock: Clock
     end: float
@@ -152,32 +152,33 @@ class Pause:
         return 0 if self.clock.now >= self.end else None
 
     def kill(self) -> None:
-        """Nothing is left."""
+        """Do nothing, because there is no process."""
 
 
 class TimedStages(Executor):
-    """Runs stages that take a known time, and nothing else."""
+    """An executor whose stages only take a given time."""
 
     kind = "local"
 
     def __init__(self, site: Site, seconds: dict[str, float], sleep: Callable[[float], Sleep] = sleep) -> None:
-        """Take so long for stages of these roles, and no time for the others."""
+        """Set the seconds of stages by role; other stages take no time."""
         super().__init__(site)
         self._seconds = seconds
         self._sleep = sleep
         self._streams = streams(self.graph, self.config)
 
     def submit(self, node: Node, attempt: Path) -> "TimedStage":
-        """Start it."""
+        """Start a stage."""
         (attempt / REQUEST).write_bytes(msgspec.json.encode(AttemptRequest([], {}, [], "", "", None)))
-        (attempt / "stage.log").touch()  # by which the driver knows that it can be followed
+        (attempt / "stage.log").touch()  # tells the driver that the stage's shards can be followed
         name, share = self._streams.get(node.name, ("", 0.0))
         maker = self.graph.nodes[name].output if name else None
         return TimedStage(node, self._seconds.get(node.role, 0.0), maker, share, self._sleep)
 
 
 class TimedStage:
-    """One of them; it publishes when its time is over, and where it follows a maker, that of the last shard too."""
+    """A stage that publishes when its time is over. If it streams from another stage, its last shard's time starts only
+    after that one has published."""
 
     def __init__(
         self, node: Node, seconds: float, maker: Path | None, share: float, sleep: Callable[[float], Sleep]
@@ -191,11 +192,11 @@ class TimedStage:
 
     @property
     def pid(self) -> int | None:
-        """The process that it waits for; None: it waits for its maker."""
+        """The process that it waits for; None if it waits for the stage that it streams from."""
         return next((one.pid for one in self._sleeps if one.poll() is None), None)
 
     def ended(self) -> bool:
-        """Whether its time is over."""
+        """Whether its time is over; publishes if so."""
         if self._maker is not None and (self._maker / MANIFEST).exists():
             self._maker = None
             self._sleeps.append(self._sleep(self._last_shard))
@@ -207,13 +208,13 @@ class TimedStage:
         return True
 
     def news(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def clear(self) -> list[JobEnded]:
-        """Nothing is left."""
+        """Clear nothing, because no jobs are left."""
         return []
 
     def cancel(self) -> None:
-        """End it."""
+        """End the stage."""
         for one in self._sleeps:
             one.kill()

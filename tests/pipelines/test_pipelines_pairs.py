@@ -34,7 +34,7 @@ def of_one(candidates):
 def spread(tmp_path: Path) -> Path:
     """A run whose answers score 0.5, 1 and 2, and are longer in this order."""
     run = ReportedRun(
-        tmp_path / "spread", length=lambda _, sample: 4 + sample, judge=lambda _, length: [2.0, 0.5, 1.0][length % 3]
+        tmp_path / "spread", length=lambda _, sample: 4 + sample, score=lambda _, length: [2.0, 0.5, 1.0][length % 3]
     )
     return run.build().path
 

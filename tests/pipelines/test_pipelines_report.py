@@ -139,7 +139,7 @@ def test_too_few_answers_to_tell(tmp_path: Path, judge: Any) -> None:
 )
 def test_learning(tmp_path: Path, judge: Any, tone: str, says: str) -> None:
     """Whether it learned is decided on the same held-out prompts."""
-    made = ReportedRun(tmp_path, judge=judge).build()
+    made = ReportedRun(tmp_path, score=judge).build()
     report = gathered(made.path)
     found = report.statements[0]
     assert found.answer.startswith(says)

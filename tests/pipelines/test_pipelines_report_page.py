@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> HandmadeRun:
     return ReportedRun(
         tmp_path_factory.mktemp("page"),
         length=lambda iteration, sample: 3 + 2 * iteration + sample,
-        judge=lambda iteration, length: length / 2,
+        score=lambda iteration, length: length / 2,
         texts=lambda text: HOSTILE.replace("{word}", text),
     ).build()
 

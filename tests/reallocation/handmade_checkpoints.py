@@ -1,4 +1,4 @@
-"""Checkpoints of random bytes, written without any library."""
+"""Writes checkpoints of random bytes without any library."""
 
 import json
 import random
@@ -9,7 +9,7 @@ WIDTHS = {"F32": 4, "BF16": 2, "I16": 2, "U8": 1}
 
 
 def config_of(**changes: Any) -> dict[str, Any]:
-    """A tiny Llama's config.json."""
+    """The config.json of a tiny Llama."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "vocab_size": 70,
@@ -18,7 +18,7 @@ def config_of(**changes: Any) -> dict[str, Any]:
 
 
 def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Its tensors by name."""
+    """The shapes of a Llama's tensors by name."""
     hidden, width, words = config["hidden_size"], config["head_dim"], config["vocab_size"]
     query, key = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
     inner = config["intermediate_size"]
@@ -40,7 +40,7 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], *, dtype: str = "BF16", seed: int = 0, **metadata: str
 ) -> None:
-    """Random bytes of some shapes."""
+    """Write tensors of these shapes with random bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     place = 0
@@ -56,7 +56,8 @@ def write_safetensors(
 
 
 def write_checkpoint(path: Path, *, files: int = 1, rests: bool = False, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint as training publishes it: weights in some files, remainders to fp32, configuration and tokenizer."""
+    """Write a checkpoint like that of a training: weights in one or several files, with `rests` remainders to fp32,
+    config and tokenizer."""
     config = config_of(**changes)
     shapes = dict(sorted(shapes_of(config).items()))
     names = list(shapes)
@@ -80,5 +81,5 @@ def write_checkpoint(path: Path, *, files: int = 1, rests: bool = False, seed: i
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All files of a directory."""
+    """The contents of all files of a directory."""
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}

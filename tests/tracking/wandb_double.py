@@ -1,8 +1,8 @@
-"""A DOUBLE of a server of Weights & Biases, for tests: no part of it is theirs.
+"""A test double of a Weights & Biases server, written from scratch.
 
-It answers what the client asks when a run is logged online: who the key belongs to, what is there of a run, and the
-stream of its files, whose lines it keeps at their offsets. Where `revoked` is set, it refuses the key. Not doubled:
-artifacts, files, sweeps, the web pages.
+It implements the requests that the client makes to log a run online: the owner of the key, the state of a run, and the
+stream of its files, whose lines are stored by offset. If `revoked` is set, it rejects the key. Not implemented:
+artifacts, files, sweeps, web pages.
 """
 
 import json
@@ -16,15 +16,15 @@ HISTORY = "wandb-history.jsonl"
 
 
 class WandbDouble:
-    """The double: `with WandbDouble() as server`, and WANDB_BASE_URL=server.address."""
+    """The double, used by `with WandbDouble() as server` and WANDB_BASE_URL=server.address."""
 
     def __init__(self) -> None:
         self.lines: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-        """Of each run and file, the lines by their places."""
+        """The lines by offset, for each run and file."""
         self.runs: dict[str, dict[str, Any]] = {}
-        """What was said of each run, by its id."""
+        """The properties of each run by its id."""
         self.asked: list[str] = []
-        """What was asked, in order."""
+        """The operations and paths of all requests, in order."""
         self.revoked = False
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"double": self}))
@@ -40,11 +40,11 @@ class WandbDouble:
         self._server.server_close()
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """The rows that were logged to a run, in order."""
+        """The rows logged to a run, in order."""
         return [json.loads(line) for _, line in sorted(self.lines[run][HISTORY].items())]
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a question of GraphQL."""
+        """The response to a GraphQL operation."""
         match operation:
             case "Viewer":
                 teams = {"edges": [{"node": {"name": "alice"}}]}
@@ -93,7 +93,7 @@ class WandbDouble:
             "eventsTail": "[]",
             "config": self.runs[name].get("config") or "{}",
             "tags": [],
-            "wandbConfig": json.dumps({"t": 1}),  # by which the client knows that it has begun
+            "wandbConfig": json.dumps({"t": 1}),  # tells the client that the run has started
         }
 
 
@@ -133,4 +133,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Print no log."""

@@ -1,4 +1,4 @@
-"""A tiny world for the training stages: a word-level tokenizer, random Llamas, pairs with reference log-probs."""
+"""Tiny inputs of the training stages: a word-level tokenizer, random Llamas, pairs with reference log-probabilities."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from contracts.publication import Publication
 from contracts.records import PAIRS, SCORES, Pair, Schema, Score
 from contracts.stage import run_stage
 
-# Before any test module imports torch, which reads it once: two threads on shared cores stall each other.
+# Set before any test module imports torch, which reads it once: two threads on shared cores would stall each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -41,7 +41,7 @@ TEMPLATE = (
 
 
 def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The real command line, in a process of its own."""
+    """Run the real command line in a separate process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     result = subprocess.run(
         [sys.executable, "-m", "training", *map(str, arguments)],
@@ -52,7 +52,7 @@ def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subproc
 
 
 def run_here(stage: str, **settings: Any) -> Artifact:
-    """The same stage in this process, where nothing depends on its own process."""
+    """Run a stage in this process, for tests that need no separate process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -62,7 +62,7 @@ def run_here(stage: str, **settings: Any) -> Artifact:
 
 @contextlib.contextmanager
 def breaking_off(after: int | None) -> Iterator[None]:
-    """Interrupt the training inside after so many steps, if that is a number."""
+    """Interrupt the training in the context after `after` steps; never if that is None."""
     import training.loop
 
     def rate(step: int, total: int, **options: Any) -> float:
@@ -83,7 +83,7 @@ DEADLINE = 240.0
 
 
 class Started:
-    """A training in processes of its own, all of which are gone when the test is over."""
+    """A training in separate processes, all of which have ended when the test is over."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], **variables: str) -> None:
         self.output = Path(settings["output"])
@@ -97,7 +97,7 @@ class Started:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that it says it has done."""
+        """The number of optimizer steps according to progress.json."""
         path = self.attempt / "progress.json"
         return int(json.loads(path.read_text())["done"]) if path.exists() else 0
 
@@ -109,7 +109,7 @@ class Started:
             time.sleep(0.005)
 
     def end(self) -> int:
-        """Wait for its end, see that it leaves no process behind, and return its exit code."""
+        """Wait for its end, check that it leaves no process behind, and return its exit code."""
         code = self.process.wait(DEADLINE)
         deadline = time.monotonic() + 200
         while left := self.processes():
@@ -118,14 +118,14 @@ class Started:
         return code
 
     def processes(self, *variables: str) -> list[int]:
-        """Its living processes, or those of them that have some environment variables (NAME=VALUE)."""
+        """Its running processes, or those of them that have some environment variables (NAME=VALUE)."""
         wanted = {text.encode() for text in (f"RATCHET_ATTEMPT={self.attempt}", *variables)}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
                     found.append(int(folder.name))
-            except OSError:  # it has ended meanwhile
+            except OSError:  # it has just ended
                 continue
         return found
 
@@ -148,7 +148,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:
-    """Publish records directly, as a stage would."""
+    """Publish records directly, like a stage."""
     publication = Publication(target, schema, schema.name, target.name)
     publication.begin()
     ledger = Ledger("rows")
@@ -160,7 +160,7 @@ def publish(target: Path, schema: Schema, rows: list[Any]) -> Artifact:
 
 
 def make_pairs(count: int, *, seed: int = 0, longest: int = 12) -> list[Pair]:
-    """Random pairs of uneven length; some answers are truncated and end without EOS, some contain EOS inside."""
+    """Random pairs of varying length; truncated answers end without EOS."""
     rng = random.Random(seed)
     words = list(range(len(SPECIAL), len(IDS)))
     pairs = []
@@ -196,7 +196,7 @@ def make_pairs(count: int, *, seed: int = 0, longest: int = 12) -> list[Pair]:
 
 
 def make_reference(pairs: list[Pair], *, seed: int = 1) -> list[Score]:
-    """Reference log-probabilities; any numbers will do."""
+    """Random reference log-probabilities of pairs."""
     rng = random.Random(seed)
     scores = []
     for pair in pairs:
@@ -207,7 +207,8 @@ def make_reference(pairs: list[Pair], *, seed: int = 1) -> list[Score]:
 
 
 def make_model(target: Path, *, kind: str = "llama", tied: bool = True, seed: int = 0, **changes: Any) -> Path:
-    """A random model with its tokenizer: two layers, hidden size 64; untied comes with grouped-query attention."""
+    """Save a random model with its tokenizer: two layers, hidden size 64; if not `tied`, with grouped-query
+    attention."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -227,7 +228,7 @@ def make_model(target: Path, *, kind: str = "llama", tied: bool = True, seed: in
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
         "bos_token_id": IDS["<s>"],
         "eos_token_id": EOS,
-        "pad_token_id": EOS,  # as many models have it: padding must never hide an EOS
+        "pad_token_id": EOS,  # as in many models: padding must never hide an EOS
         "tie_word_embeddings": tied,
         "initializer_range": 0.1,
         "attention_dropout": 0.5,  # training must switch it off
@@ -247,14 +248,14 @@ def make_model(target: Path, *, kind: str = "llama", tied: bool = True, seed: in
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`tied` and `gqa` (grouped-query attention, untied embeddings)."""
+    """The models `tied` and `gqa` (grouped-query attention, untied embeddings)."""
     folder = tmp_path_factory.mktemp("models")
     return {"tied": make_model(folder / "tied"), "gqa": make_model(folder / "gqa", tied=False, seed=1)}
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Published `pairs` (22 of them) and their `reference`."""
+    """22 published `pairs` and their `reference`."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = make_pairs(22)
     publish(folder / "pairs", PAIRS, rows)
@@ -282,7 +283,7 @@ def training_log(output: Path) -> list[dict[str, Any]]:
 
 
 def dpo_settings(models: dict[str, Path], pairs: dict[str, Path], output: Path, **changes: Any) -> dict[str, Any]:
-    """A short DPO training: 12 steps of 4 pairs."""
+    """The settings of a short DPO training: 12 steps of 4 pairs."""
     return {
         "model": models["tied"],
         "pairs": [pairs["pairs"]],
@@ -296,7 +297,7 @@ def dpo_settings(models: dict[str, Path], pairs: dict[str, Path], output: Path, 
 
 
 def five_steps(stage: str, model: Path, pairs: dict[str, Path], demonstrations: Path) -> dict[str, Any]:
-    """Five steps of SGD; the last batch of the epoch is incomplete (22 = 3 x 6 + 4, 20 = 3 x 6 + 2)."""
+    """The settings of five SGD steps; an epoch's last batch is incomplete (22 = 3 x 6 + 4, 20 = 3 x 6 + 2)."""
     data = {
         "policy": {"pairs": [pairs["pairs"]], "reference": [pairs["reference"]], "nll_coefficient": 0.3},
         "reward": {"pairs": [pairs["pairs"]], "eval_fraction": 0.2},
@@ -315,7 +316,8 @@ def five_steps(stage: str, model: Path, pairs: dict[str, Path], demonstrations: 
 
 
 def assert_same_training(expected: Path, found: Path) -> None:
-    """The same losses, gradient norms and weights, up to rounding, in five steps that change the model."""
+    """Assert that two trainings of five steps have changed the model and have the same losses, gradient norms and
+    weights, up to rounding."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,8 +1,9 @@
-"""One of several processes that run trainings one after another, because starting takes most of the time.
+"""Runs several trainings one after the other as one of several ranks, because starting takes most of the time.
 
     torchrun --nproc_per_node 2 ranks.py FILE
 
-FILE: a JSON list of trainings, each with `stage`, `settings`, and perhaps `break_off`, the steps that it is to take.
+FILE: a JSON list of trainings, each with `stage`, `settings`, and optionally `break_off`, the number of steps after
+which it is interrupted.
 """
 
 import json

@@ -1,8 +1,9 @@
-"""Eight processes that move models between layouts, all pairs one after another: starting takes most of the time.
+"""Starts eight processes that move models between all pairs of layouts. They do so in one program, because starting
+takes most of the time.
 
     python reallocation_ranks.py FOLDER MODEL...
 
-Each writes rank-R.json into the folder: what went wrong, and its memory.
+Each process writes its errors and its memory use to rank-R.json in the folder.
 """
 
 import itertools
@@ -33,7 +34,7 @@ MEGABYTE = 1 << 20
 
 
 def all_pairs(model: Path, rank: int) -> list[str]:
-    """What is wrong after moving a model from each layout to each other, whose ranks are other processes."""
+    """Move a model from each layout to each other one, whose ranks are other processes. Returns the errors."""
     whole = load_file(model / "model.safetensors")
     config = json.loads((model / "config.json").read_bytes())
     tensors = {name: GlobalTensor(name, NAMES[value.dtype], tuple(value.shape)) for name, value in whole.items()}
@@ -61,7 +62,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
 
 
 def memory(rank: int) -> dict[str, int]:
-    """Bytes that a process takes at most beyond what it had, its target share and its bucket, for a larger model."""
+    """Measure the peak memory growth of a process with a larger model, and the sizes of its target parts and bucket."""
     config = {
         "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 8, "intermediate_size": 8192,
@@ -77,7 +78,7 @@ def memory(rank: int) -> dict[str, int]:
         found, held, {name: torch.empty(part.shape) for name, part in target.of_rank(rank).items()}, bucket=bucket
     )
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     targets = {name: torch.zeros(part.shape) for name, part in target.of_rank(rank).items()}
     share = sum(value.nbytes for value in targets.values())
@@ -86,7 +87,7 @@ def memory(rank: int) -> dict[str, int]:
 
 
 def status(name: str) -> int:
-    """Bytes, as the kernel counts them."""
+    """A value of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) << 10
 

@@ -1,4 +1,4 @@
-"""Two processes that load a model as a training does, by slices and whole; each writes what it saw to rank-R.json.
+"""Loads a model like a training, by slices and as a whole, and writes a comparison to rank-R.json; one of two ranks.
 
 torchrun --nproc_per_node 2 slices_ranks.py FOLDER MODEL PARALLEL...
 """
@@ -23,9 +23,10 @@ from training.slices import WeightSlices
 
 
 def prepared(model: Path, parallel: dict[str, Any], *, by_slices: bool) -> tuple[Any, dict[str, int]]:
-    """The engine that has the model, and bytes: of its share, of the model, and by which the process grew at most."""
+    """Load the model into an engine. Returns the engine and, in bytes, its share, the model and the peak memory
+    growth."""
     engine = NativeEngine(ParallelConfig(**parallel), torch.float32)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     module = TokenLogprobs(load_causal(model, torch.float32, master=True, empty=by_slices))
     slices = WeightSlices(model) if by_slices else None

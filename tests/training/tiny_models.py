@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, with what distinguishes each switched on: windows, caps, experts, ALiBi."""
+"""Tiny random models of many architectures with their special features enabled: windows, caps, experts, ALiBi."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "attention_dropout": 0.0,
-    # The same by other names.
+    # The same under other names.
     "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, "n_inner": 48, "d_model": 32, "n_layers": 3,
     "n_heads": 4, "ffn_dim": 48, "num_layers": 3, "num_heads": 4, "word_embed_proj_dim": 16, "max_seq_len": CONTEXT,
-    # Windows, caps and scales, which would not show at their default values.
+    # Windows, caps and scales, which would have no effect at their default values.
     "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1, "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
     "logits_soft_cap": 3.0, "attention_chunk_size": 8,
@@ -65,7 +65,7 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention", "recurrent"]},
     "rwkv": {"attention_hidden_size": 32},
 }  # fmt: skip
-"""What an architecture needs beside `SIZES`."""
+"""Additional settings of single architectures."""
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
@@ -73,7 +73,7 @@ VISION = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A configuration of three layers, in which every kind of layer that the architecture has occurs."""
+    """A config with three layers, which include every kind of layer of the architecture."""
     kind = type(AutoConfig.for_model(model_type))
     default = kind()
     text = default.get_text_config()
@@ -90,7 +90,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 
 
 def tiny_model(config: Any) -> Any:
-    """The model, random, in evaluation mode; no weight is left at a value that hides what it does."""
+    """A random model in evaluation mode. No weight keeps a trivial initial value, so that each has an effect."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -1,25 +1,26 @@
-"""Faults on purpose: tests/pipelines/chaos.py puts this beside the frozen code that a run is started from.
+"""Executes injected faults within the processes of a run; tests/pipelines/chaos.py puts this next to the copied code.
 
-Each fault is a file in the directory that RATCHET_CHAOS names: who is to meet it, at which point of the work, and what
-happens there. The first process that gets there takes the file by a rename, so that each fault happens once.
+Each fault is a file in the directory RATCHET_CHAOS. It names the process and the point of its work at which the fault
+happens, and the action. The first process that reaches the point claims the file by a rename, so that each fault
+happens once.
 
 Points of a stage:
-  begin      it has taken over its hidden directory        compute    some time later, whatever it does then
-  write      half of a file's rows are written             commit     a file is whole, but has not its name yet
-  receipt    it has its name, but no receipt yet           committed  it has its receipt, too
+  begin      its hidden directory is claimed               compute    at a random time after that
+  write      half of a file's rows are written             commit     a file is complete, but not renamed
+  receipt    the file is renamed, but has no receipt       committed  the file has its receipt
   receipted  the same, for a receipt that is torn
-  progress   it tells how far it is
-  state      the training's state is written, not renamed  saved      the training's state is in place
-  step       some time after an optimizer step
-  manifest   the manifest is written, but has not its name yet
-  finish     the manifest is there                         rename     only the rename of the directory is missing
-  published  the directory has its name, and the stage goes on to its end
+  progress   it reports its progress
+  state      the training state is written, not renamed    saved      the training state is in place
+  step       a random time after an optimizer step
+  manifest   the manifest is written, but not renamed
+  finish     the manifest is in place                      rename     only the rename of the directory is missing
+  published  the directory is renamed, and the stage is about to end
 Points of the driver:
   claim      run.json or config.resolved.yaml              request    a stage's config or command line
   metrics    metrics.jsonl                                 record     a line of events.jsonl
   submitted  a stage was started                           between    a stage was published, the next not started
 Points of a supervisor:
-  spawned    some time after it has started the stage      exit       how the stage ended, exit.json
+  spawned    a random time after it has started the stage  exit       how the stage ended, exit.json
 """
 
 import errno
@@ -43,7 +44,7 @@ Fault = dict[str, Any]
 
 
 def identity() -> tuple[str, str | None]:
-    """Who this process is: a stage and its name, the driver, a supervisor, or nobody who meets faults."""
+    """The kind of this process (stage, driver, supervisor, or nobody, which has no faults), and the stage's name."""
     if attempt := os.environ.get("RATCHET_ATTEMPT"):
         return "stage", str(Path(attempt).parent.relative_to(Path(os.environ["RATCHET_RUN"], "logs")))
     if sys.orig_argv[1:4] == ["-m", "pipelines", "run"]:
@@ -52,12 +53,12 @@ def identity() -> tuple[str, str | None]:
 
 
 def forks() -> bool:
-    """Whether others are forked from this process, which then meet the faults."""
+    """Whether this process forks others, which can have faults."""
     return "contracts.warm" in sys.orig_argv
 
 
 class Faults:
-    """The faults that this process may meet."""
+    """The faults that may hit this process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +68,7 @@ class Faults:
         self.look()
 
     def look(self) -> None:
-        """See who this process is: one that was forked, or that runs another stage, has become somebody else."""
+        """Update the identity of this process and its faults; it changes by a fork and with another stage."""
         now = (os.getpid(), os.environ.get("RATCHET_ATTEMPT"))
         if now == self.known:
             return
@@ -78,7 +79,7 @@ class Faults:
         self.waiting = [fault for fault in found if fault["who"] == self.who]
 
     def due(self, point: str, stage: str | None) -> Fault | None:
-        """The fault that is due at a point, for whoever takes it."""
+        """The fault that is due at a point, if any; it still has to be claimed by `take`."""
         self.reached[point] += 1
         for fault in self.waiting:
             if fault["point"] == point and fault["stage"] == stage and self.reached[point] >= fault["occurrence"]:
@@ -86,7 +87,7 @@ class Faults:
         return None
 
     def take(self, fault: Fault, path: Path | None) -> bool:
-        """Make a fault this process's own; False if somebody was faster."""
+        """Claim a fault. Returns False if another process was faster."""
         self.waiting.remove(fault)
         try:
             os.rename(self.folder / f"{fault['id']:04d}.json", self.folder / f"{fault['id']:04d}.taken")
@@ -103,14 +104,14 @@ class Faults:
             file.write(json.dumps(line).encode() + b"\n")
 
     def point(self, point: str, path: Path | None = None, stage: str | None = None) -> None:
-        """The work has got to a point, where `path` is being written: meet the fault that is due, if any."""
+        """Execute the fault that is due at a point, if any; `path` is the file that is being written."""
         self.look()
         fault = self.due(point, stage or self.stage)
         if fault is not None and self.take(fault, path):
             self.strike(fault, path)
 
     def later(self, point: str, stage: str | None = None) -> None:
-        """The same, but the fault strikes some time later, whatever the work does then."""
+        """Execute the fault that is due at a point after its delay, regardless of what the process does then."""
         self.look()
         fault = self.due(point, stage or self.stage)
         if fault is None:
@@ -134,7 +135,7 @@ class Faults:
             kill(fault["victim"])
         else:
             assert path is not None
-            if action == "torn" or path.suffix == ".tmp":  # a full disk cuts what is being written, and nothing else
+            if action == "torn" or path.suffix == ".tmp":  # a full disk cuts only files that are being written
                 damage(path, fault)
             if action == "torn":
                 kill("self")
@@ -142,7 +143,7 @@ class Faults:
 
 
 def kill(victim: str) -> None:
-    """SIGKILL for this process, its whole group, or its supervisor, which takes this process with it."""
+    """Send SIGKILL to this process, its whole group, or its supervisor, whose end also ends this process."""
     if victim == "group":
         os.killpg(0, signal.SIGKILL)
     supervisor = int(os.environ.get(SUPERVISOR, "0"))
@@ -151,7 +152,7 @@ def kill(victim: str) -> None:
 
 
 def damage(path: Path, fault: Fault) -> None:
-    """Cut a file at a random place, or zero what is behind it, as a write that was not flushed may leave it."""
+    """Cut a file at a random position, or zero everything after it, like a write that was not flushed."""
     if not path.is_file():
         return
     size = path.stat().st_size
@@ -160,11 +161,11 @@ def damage(path: Path, fault: Fault) -> None:
         os.truncate(path, size)
 
 
-# Where the points are.
+# The points.
 
 
 def on_rename(faults: Faults, source: Path, target: Path) -> None:
-    """What is about to be renamed tells which point this is."""
+    """Derive the point from the file that is about to be renamed."""
     faults.look()
     if source.name.startswith(".") and ".partial-" in source.name:
         faults.point("rename", source / "manifest.json")
@@ -186,13 +187,13 @@ def on_rename(faults: Faults, source: Path, target: Path) -> None:
 
 
 def audit(faults: Faults, event: str, arguments: tuple[Any, ...]) -> None:
-    """Called by the interpreter before it does anything of note."""
+    """Handle an audit event of the interpreter."""
     if event == "os.rename":
         on_rename(faults, Path(os.fsdecode(arguments[0])), Path(os.fsdecode(arguments[1])))
 
 
 def publication(faults: Faults, module: ModuleType) -> None:
-    """contracts.publication"""
+    """Patch contracts.publication."""
     cls = module.Publication
     begin, commit, finish = cls.begin, cls.commit, cls.finish
 
@@ -220,7 +221,7 @@ def publication(faults: Faults, module: ModuleType) -> None:
 
 
 def jsonl(faults: Faults, module: ModuleType) -> None:
-    """contracts.jsonl"""
+    """Patch contracts.jsonl."""
     write_jsonl = module.write_jsonl
 
     @functools.wraps(write_jsonl)
@@ -237,7 +238,7 @@ def jsonl(faults: Faults, module: ModuleType) -> None:
 
 
 def stage(faults: Faults, module: ModuleType) -> None:
-    """contracts.stage"""
+    """Patch contracts.stage."""
     progress = module.Context.progress
 
     @functools.wraps(progress)
@@ -251,7 +252,7 @@ def stage(faults: Faults, module: ModuleType) -> None:
 
 
 def state(faults: Faults, module: ModuleType) -> None:
-    """training.state"""
+    """Patch training.state."""
     save = module.TrainingState.save
 
     @functools.wraps(save)
@@ -264,7 +265,7 @@ def state(faults: Faults, module: ModuleType) -> None:
 
 
 def supervisor(faults: Faults, module: ModuleType) -> None:
-    """pipelines.execution.supervisor"""
+    """Patch pipelines.execution.supervisor."""
     start = module._start
 
     @functools.wraps(start)
@@ -278,7 +279,7 @@ def supervisor(faults: Faults, module: ModuleType) -> None:
 
 
 def rundir(faults: Faults, module: ModuleType) -> None:
-    """pipelines.run.directory"""
+    """Patch pipelines.run.directory."""
     record = module.RunDirectory.record
 
     @functools.wraps(record)
@@ -299,7 +300,7 @@ def rundir(faults: Faults, module: ModuleType) -> None:
 
 
 def points(faults: Faults, module: ModuleType) -> None:
-    """pipelines.run.points"""
+    """Patch pipelines.run.points."""
     record = module.PointStream.record
 
     @functools.wraps(record)
@@ -320,7 +321,7 @@ def points(faults: Faults, module: ModuleType) -> None:
 
 
 def executors(faults: Faults, module: ModuleType) -> None:
-    """pipelines.execution.executors.local"""
+    """Patch pipelines.execution.executors.local."""
     submit = module.LocalExecutor.submit
 
     @functools.wraps(submit)
@@ -345,7 +346,7 @@ PATCHES = {
 
 
 class Patcher(importlib.abc.MetaPathFinder):
-    """Patches a module as soon as it is imported, before anybody can take a function from it."""
+    """Patches modules right after their import, before other modules can import functions from them."""
 
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
@@ -366,7 +367,7 @@ class Patcher(importlib.abc.MetaPathFinder):
 
 
 def install(folder: Path) -> None:
-    """Let this process meet its faults."""
+    """Enable the faults of this process."""
     faults = Faults(folder)
     if faults.who == "nobody" and not forks():
         return
