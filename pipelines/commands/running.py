@@ -34,7 +34,7 @@ from pipelines.execution.executors.base import Executors, Site
 from pipelines.insight.compare.command import as_json, print_comparison
 from pipelines.insight.compare.gather import compare
 from pipelines.insight.display import Display
-from pipelines.insight.hooks.configured import begin_hooks, check_hooks
+from pipelines.insight.hooks.configured import check_hooks, initialize_hooks
 from pipelines.insight.listeners import listeners_of
 from pipelines.insight.tables import print_table
 from pipelines.insight.watch import attach, cancel
@@ -105,7 +105,7 @@ def run_command(options: argparse.Namespace) -> None:
         executor.require_no_detached_run(same_settings=options.detach and not forced)
     echo(console, *(f"warning: {text}" for text in wanted.warnings))
     run.claim(config, find_config(options.config), wanted.iterations, wanted.commits)
-    begin_hooks(config, run.path)
+    initialize_hooks(config, run.path)
     set_aside(run.path, graph, forced)
     require_space(run.path, "directory")
     shared = SharedArtifacts(run.path, graph, exclude=forced)

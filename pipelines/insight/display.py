@@ -12,15 +12,15 @@ from rich.table import Table
 
 from pipelines.execution.endings import fraction_done, latest_metrics, progress_of
 from pipelines.graph import Graph
-from pipelines.insight.remaining import Remaining, in_words
-from pipelines.insight.wording import is_good_news, live_line, metrics_in_words
+from pipelines.insight.event_text import is_good_news, live_line, metrics_in_words
+from pipelines.insight.remaining_time import RemainingTime, in_words
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.scheduling import streams
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 from pipelines.text import fits_width, stacked_table
 
-LOOK_SECONDS = 1.0
+ESTIMATE_SECONDS = 1.0
 """Shortest time between two estimates of the remaining time: each looks at all stages."""
 
 
@@ -33,10 +33,10 @@ class Display:
         self._run = run
         self._total = len(graph.nodes)
         self._quiet = quiet
-        self._is_gone = False
-        self._remaining = Remaining(graph, cluster_of(run.config), streams(graph, run.config))
+        self._is_closed = False
+        self._remaining = RemainingTime(graph, cluster_of(run.config), streams(graph, run.config))
         self._running: dict[str, StageStarted] = {}
-        self._words, self._told = "", -LOOK_SECONDS
+        self._time_left, self._estimated_at = "", -ESTIMATE_SECONDS
         live = console.is_terminal and not quiet
         self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
 
@@ -46,28 +46,28 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._unless_gone():
+        with self._unless_closed():
             if self._live:
                 self._live.stop()
 
     def __call__(self, events: list[Event]) -> None:
         """Print these events, and update the table."""
-        if not self._is_gone:
-            with self._unless_gone():
-                self._tell(events)
+        if not self._is_closed:
+            with self._unless_closed():
+                self._print(events)
 
     @contextmanager
-    def _unless_gone(self) -> Iterator[None]:
+    def _unless_closed(self) -> Iterator[None]:
         """Print nothing more once the terminal has been closed."""
         try:
             yield
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            self._is_gone = True
+            self._is_closed = True
 
-    def _tell(self, events: list[Event]) -> None:
-        self._remaining.note(events)
+    def _print(self, events: list[Event]) -> None:
+        self._remaining.update(events)
         for event in events:
             self._note(event)
             line = live_line(event)
@@ -94,14 +94,14 @@ class Display:
         return self._run.path / "logs" / started.stage / started.attempt
 
     def _table(self) -> Table | Group:
-        if time.monotonic() - self._told > LOOK_SECONDS:
-            self._told = time.monotonic()
-            self._words = in_words(self._remaining.seconds(self._shares()))
+        if time.monotonic() - self._estimated_at > ESTIMATE_SECONDS:
+            self._estimated_at = time.monotonic()
+            self._time_left = in_words(self._remaining.seconds(self._shares()))
         done = f"{len(self._remaining.done)} of {self._total} stages"
-        table = self._rows(done, self._words)
+        table = self._rows(done, self._time_left)
         if fits_width(self.console, table):
             return table
-        return stacked_table(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._words))))
+        return stacked_table(self.console, self._rows("", ""), ", ".join(filter(None, (done, self._time_left))))
 
     def _rows(self, *titles: str) -> Table:
         """The table of running stages; `titles` are those of the first and the last column."""

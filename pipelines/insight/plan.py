@@ -17,7 +17,7 @@ from rich.table import Table
 from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
-from pipelines.insight.remaining import seconds_by_role
+from pipelines.insight.remaining_time import seconds_by_role
 from pipelines.planning.cluster import Cluster, configured_cluster
 from pipelines.planning.entries import check_entries
 from pipelines.planning.memory import device_of, estimate_memory, format_bytes, require_memory

@@ -10,7 +10,7 @@ from pathlib import Path
 from contracts.processes import end_groups, start_leader
 
 LAST_LINES = 3
-MOST_BYTES = 16 << 20
+MAX_LOG_BYTES = 16 << 20
 """Bytes of a log beyond which it is cut to the latest half of that."""
 
 
@@ -53,10 +53,10 @@ class ReaderProcess:
     def _keep_log_small(self) -> None:
         """Cut off the beginning of a log that has become too long, while the process may be appending to it."""
         with contextlib.suppress(FileNotFoundError):  # somebody has deleted it
-            if self.log.stat().st_size <= MOST_BYTES:
+            if self.log.stat().st_size <= MAX_LOG_BYTES:
                 return
             with self.log.open("r+b") as file:
-                file.seek(-MOST_BYTES // 2, os.SEEK_END)
+                file.seek(-MAX_LOG_BYTES // 2, os.SEEK_END)
                 latest = file.read()
                 while more := file.read():  # what is written between the last read and the cut is lost
                     latest += more
@@ -71,7 +71,7 @@ class ReaderProcess:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
 
-    def ends_until(self, deadline: float) -> bool:
+    def wait_until(self, deadline: float) -> bool:
         """Wait for its end until `deadline` (time.monotonic). Returns whether it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -80,7 +80,7 @@ class ReaderProcess:
 
     def wait(self, deadline: float) -> str | None:
         """Wait for its end until `deadline` (time.monotonic), then kill it. Returns the failure, if there is one."""
-        if self.ends_until(deadline):
+        if self.wait_until(deadline):
             return self.failure()
         end_groups([self._process], 0.0)
         return f"it was not done in time and was ended ({self.log})"

@@ -17,9 +17,9 @@ from pipelines.config.run import RunConfig
 from pipelines.execution.endings import failure_of, fraction_done, latest_metrics, log_of, progress_of
 from pipelines.execution.executors.base import Executors, Observation, Site
 from pipelines.graph import Graph, Node
-from pipelines.insight.remaining import Remaining
+from pipelines.insight.event_text import metrics_in_words, notable_lines, of_current_config, place_in_words
+from pipelines.insight.remaining_time import RemainingTime
 from pipelines.insight.tables import print_table
-from pipelines.insight.wording import metrics_in_words, notable_lines, of_present, place_in_words
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import placed_if_possible
 from pipelines.planning.scheduling import streams
@@ -31,14 +31,14 @@ from pipelines.run.metrics import best_of, evaluations
 
 State = tuple[str, str, str, str]
 """State, rows, seconds and detail of a stage."""
-GLANCE_SECONDS = 10.0
+STATUS_PATIENCE_SECONDS = 10.0
 """Seconds for which `status` retries a scheduler that does not answer."""
 PATIENCE_SECONDS = 60.0
 """Seconds for which everything else does."""
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunActivity:
     """The driver and the jobs that are working on a run at one moment."""
 
     holder: str | None
@@ -47,13 +47,13 @@ class Glance:
     """The observations of those executors whose jobs outlive the driver."""
 
     @classmethod
-    def at(cls, run: RunDirectory, graph: Graph, patience: float = PATIENCE_SECONDS) -> "Glance":
+    def observe(cls, run: RunDirectory, graph: Graph, patience: float = PATIENCE_SECONDS) -> "RunActivity":
         """Observe a run now, retrying schedulers that do not answer for `patience` seconds."""
         holder = run.holder()
         lasting = Executors(Site(run, graph, run.config)).outliving_drivers()
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
-    def require_known(self) -> "Glance":
+    def require_known(self) -> "RunActivity":
         """Return this one; raise UserError if a scheduler has not answered."""
         if self.errors:
             raise UserError(self.errors[0])
@@ -97,33 +97,33 @@ def jobs_elsewhere(run: RunDirectory, graph: Graph) -> int:
     Raises:
         UserError: a scheduler does not answer, so that it is not known.
     """
-    return Glance.at(run, graph).require_known().jobs
+    return RunActivity.observe(run, graph).require_known().jobs
 
 
 def print_status(console: Console, run: RunDirectory, graph: Graph) -> None:
     """Print who works on a run, then its report."""
-    glance = Glance.at(run, graph, GLANCE_SECONDS)
-    for error in glance.errors:
+    activity = RunActivity.observe(run, graph, STATUS_PATIENCE_SECONDS)
+    for error in activity.errors:
         console.print(f"The jobs on the cluster are not known: {error}", soft_wrap=True, highlight=False)
     pinned = ", pinned" if run.pinned else ""
-    if glance.holder:
-        driver = f"driven by {glance.holder}"
-    elif glance.errors:
+    if activity.holder:
+        driver = f"driven by {activity.holder}"
+    elif activity.errors:
         driver = "no driver, and perhaps jobs on a cluster"
     else:
-        driver = f"under way as {glance.jobs} jobs" if glance.jobs else "nobody drives it"
+        driver = f"under way as {activity.jobs} jobs" if activity.jobs else "nobody drives it"
     console.print(f"{run.path}: {driver}{pinned}", soft_wrap=True, highlight=False)
-    print_report(console, run, graph, glance)
+    print_report(console, run, graph, activity)
 
 
 def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
     """The data of `print_status`, for --json."""
-    glance = Glance.at(run, graph, GLANCE_SECONDS)
+    activity = RunActivity.observe(run, graph, STATUS_PATIENCE_SECONDS)
     cluster = cluster_of(run.config)
     placed = placed_if_possible(graph, cluster)
-    remaining = Remaining(placed, cluster, streams(placed, run.config))
-    remaining.note(run.events())
-    found = states(run, graph, glance)
+    remaining = RemainingTime(placed, cluster, streams(placed, run.config))
+    remaining.update(run.events())
+    found = states(run, graph, activity)
     given = {event.stage: event for event in run.events() if isinstance(event, StageStarted)}
     shares = {name: fraction_done(run.attempts(name)[-1]) for name in remaining.started if run.attempts(name)}
     published = [name for name, state in found.items() if state[0] in ("published", "released")]
@@ -131,11 +131,11 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
     took = {event.stage: event.seconds for event in run.events() if isinstance(event, StagePublished)}
     return {
         "run": str(run.path),
-        "driver": glance.holder,
-        "jobs": glance.jobs,
+        "driver": activity.holder,
+        "jobs": activity.jobs,
         "pinned": run.pinned,
-        "errors": glance.errors,
-        "remaining_seconds": None if glance.idle else remaining.seconds(shares, published),
+        "errors": activity.errors,
+        "remaining_seconds": None if activity.idle else remaining.seconds(shares, published),
         "stages": [
             {
                 "stage": name,
@@ -149,7 +149,7 @@ def status_data(run: RunDirectory, graph: Graph) -> dict[str, Any]:
             }
             for name, (state, rows, _, detail) in found.items()
         ],
-        "happened": notable_lines(of_present(run.events(), run.config)),
+        "happened": notable_lines(of_current_config(run.events(), run.config)),
         "stopped": None if stop is None else stop.reason,
         "evaluations": [{**metrics, "policy": str(policy)} for policy, metrics in rows],
         "best": best_of(rows, refused(graph))[1]["iteration"] if rows else None,
@@ -163,13 +163,13 @@ def expected_seconds(config: RunConfig, node: Node) -> float | None:
     return role.seconds_of(node.iteration) if role is not None else None
 
 
-def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glance) -> None:
+def print_report(console: Console, run: RunDirectory, graph: Graph, activity: RunActivity) -> None:
     """Print every stage with its state, the failures, notable events, then the metrics so far."""
     events = run.events()
     given = {event.stage: place_in_words(event) for event in events if isinstance(event, StageStarted)}
     table = Table("stage", "state", "rows", "seconds", "detail")
     failures: list[str] = []
-    for name, state in states(run, graph, glance).items():
+    for name, state in states(run, graph, activity).items():
         if state[0] == "failed":
             failures.append(f"FAILED {name}: {state[3]}")
             state = (*state[:3], "why: below")
@@ -178,10 +178,10 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glan
     console.print(table)
     unrecorded: list[Event] = []
     try:
-        unrecorded += [event for seen in glance.observed if seen.error is None for event in seen.unrecorded_events()]
+        unrecorded += [event for seen in activity.observed if seen.error is None for event in seen.unrecorded_events()]
     except UserError as error:
         failures.append(f"The history of some jobs is not known: {error}")
-    for line in [*failures, *notable_lines([*of_present(events, run.config), *unrecorded])]:
+    for line in [*failures, *notable_lines([*of_current_config(events, run.config), *unrecorded])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     print_table(console, graph)
 
@@ -189,29 +189,29 @@ def print_report(console: Console, run: RunDirectory, graph: Graph, glance: Glan
 def save_report(run: RunDirectory, graph: Graph) -> None:
     """Write the report to report.txt in the run's directory."""
     console = Console(file=io.StringIO(), width=200)
-    glance = Glance(None, Glance.at(run, graph).observed)
-    print_report(console, run, graph, glance)
+    activity = RunActivity(None, RunActivity.observe(run, graph).observed)
+    print_report(console, run, graph, activity)
     write_atomically(run.path / "report.txt", console.file.getvalue().encode())  # type: ignore[attr-defined]
 
 
-def states(run: RunDirectory, graph: Graph, glance: Glance) -> dict[str, State]:
+def states(run: RunDirectory, graph: Graph, activity: RunActivity) -> dict[str, State]:
     """The state of each stage. A stage is blocked if one that it needs has failed, was interrupted or is blocked."""
     found: dict[str, State] = {}
     lost: set[str] = set()
-    goes_on = glance.holder is not None or (run.path / CANCEL).exists()
+    goes_on = activity.holder is not None or (run.path / CANCEL).exists()
     for node in graph.nodes.values():
-        state = state_of(run, node, graph, glance)
+        state = state_of(run, node, graph, activity)
         cause = [name for name in node.needs if name in lost]
-        if cause and state[0] in ("waiting", "interrupted") and not glance.works_on(node.name):
+        if cause and state[0] in ("waiting", "interrupted") and not activity.works_on(node.name):
             state = ("blocked", "", "", f"by {', '.join(cause)}")
-        stopped = state[0] == "interrupted" and not goes_on and glance.submitted(node.name)
+        stopped = state[0] == "interrupted" and not goes_on and activity.submitted(node.name)
         if stopped or state[0] in ("failed", "blocked"):
             lost.add(node.name)
         found[node.name] = state
     return found
 
 
-def state_of(run: RunDirectory, node: Node, graph: Graph, glance: Glance) -> State:
+def state_of(run: RunDirectory, node: Node, graph: Graph, activity: RunActivity) -> State:
     """State, rows, seconds and detail of a stage."""
     if (node.output / MANIFEST).is_file():
         return _state_of_published(node, graph)
@@ -220,14 +220,14 @@ def state_of(run: RunDirectory, node: Node, graph: Graph, glance: Glance) -> Sta
         return "waiting", "", "", ""
     last = attempts[-1]
     progress = progress_of(last)
-    if (with_jobs := glance.state(node.name, progress)) is not None:
+    if (with_jobs := activity.state(node.name, progress)) is not None:
         return _short(*with_jobs)
-    failure, driven, cancelled = failure_of(last), glance.holder is not None, (run.path / CANCEL).exists()
+    failure, driven, cancelled = failure_of(last), activity.holder is not None, (run.path / CANCEL).exists()
     if failure is not None and failure["kind"] != "stopped" and not (cancelled and failure["kind"] == "transient"):
         state = "retrying" if driven and failure["kind"] == "transient" else "failed"
         return _short(state, f"{failure['text'].strip().splitlines()[-1]} (log: {log_of(last)})")
-    if (ended := glance.ended_before_start(node.name)) is not None:
-        return _short("waiting", "") if driven or glance.jobs or cancelled else _short(*ended)
+    if (ended := activity.ended_before_start(node.name)) is not None:
+        return _short("waiting", "") if driven or activity.jobs or cancelled else _short(*ended)
     stopped = (last / "exit.json").exists() or not driven
     metrics = "" if stopped else metrics_in_words(latest_metrics(last))
     return _short("interrupted" if stopped else "running", ", ".join(filter(None, [progress, metrics])))

@@ -25,12 +25,12 @@ def print_table(console: Console, graph: Graph) -> None:
     for _, metrics in rows:
         table.add_row(str(metrics["iteration"]), *(_number(metrics.get(name)) for name in columns))
     console.print(table)
-    barred = refused(graph)
-    policy, best = best_of(rows, barred)
+    refused_iterations = refused(graph)
+    policy, best = best_of(rows, refused_iterations)
     unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
-    without = f"; a gate holds for {format_ranges(barred)}" if barred else ""
+    without = f"; a gate holds for {format_ranges(refused_iterations)}" if refused_iterations else ""
     console.print(
         f"Best checkpoint (by {ranking_metric(first)}, iteration {best['iteration']}{without}): "
         f"{relative_path(policy)}",

@@ -12,15 +12,15 @@ from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.endings import failure_of, log_of, parts_of, tail
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph
-from pipelines.insight.status import Glance, states
+from pipelines.insight.status import RunActivity, states
 from pipelines.insight.tables import print_table
 from pipelines.run.directory import CANCEL, RunDirectory
 from pipelines.run.events import RunCancelled
 from pipelines.text import echo, plural, relative_path
 
-SECONDS = 5.0
+POLL_SECONDS = 5.0
 FOLLOW_SECONDS = 1.0
-SHOWN = ("running", "failed", "retrying", "interrupted")
+SHOWN_STATES = ("running", "failed", "retrying", "interrupted")
 """States of the stages whose logs are shown by default."""
 
 
@@ -30,21 +30,21 @@ def attach(console: Console, run: RunDirectory, graph: Graph) -> None:
     Raises:
         StageFailedError: the run ended without having published everything.
     """
-    told: dict[str, tuple[str, ...]] = {}
+    shown: dict[str, tuple[str, ...]] = {}
     while True:
-        glance = Glance.at(run, graph).require_known()
-        for name, state in states(run, graph, glance).items():
-            if told.get(name, ("waiting",))[0] != state[0]:
+        activity = RunActivity.observe(run, graph).require_known()
+        for name, state in states(run, graph, activity).items():
+            if shown.get(name, ("waiting",))[0] != state[0]:
                 console.print(f"{state[0]:<12} {name}  {state[3]}", soft_wrap=True, markup=False, highlight=False)
-            told[name] = state
-        if glance.idle:
+            shown[name] = state
+        if activity.idle:
             break
-        time.sleep(SECONDS)
+        time.sleep(POLL_SECONDS)
     missing = [name for name, node in graph.nodes.items() if not (node.output / MANIFEST).is_file()]
     print_table(console, graph)
     if missing:
-        failed = [name for name in missing if told[name][0] == "failed"]
-        reason = "; ".join(f"{name}: {told[name][3]}" for name in failed) or "nobody works on it any more"
+        failed = [name for name in missing if shown[name][0] == "failed"]
+        reason = "; ".join(f"{name}: {shown[name][3]}" for name in failed) or "nobody works on it any more"
         raise StageFailedError(
             f"{run.path} is not finished: {len(missing)} of {len(graph.nodes)} stages are not published. {reason}\n  "
             "`pipeline status` shows all of them; `pipeline run` continues.",
@@ -85,9 +85,9 @@ def print_logs(
 
 
 def _logs(run: RunDirectory, graph: Graph, stage: str | None) -> list[Path]:
-    now = states(run, graph, Glance.at(run, graph))
+    now = states(run, graph, RunActivity.observe(run, graph))
     executors = list(Executors(Site(run, graph, run.config)).outliving_drivers())
-    chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN]
+    chosen = [stage] if stage else [name for name, state in now.items() if state[0] in SHOWN_STATES]
     logs: list[Path] = []
     for name in chosen:
         attempts = run.attempts(name)
@@ -105,7 +105,9 @@ def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | 
     last: Path | None = logs[-1]
     over = False
     while not over:
-        over = Glance.at(run, graph).idle or (stage is not None and (graph.nodes[stage].output / MANIFEST).is_file())
+        over = RunActivity.observe(run, graph).idle or (
+            stage is not None and (graph.nodes[stage].output / MANIFEST).is_file()
+        )
         for log in dict.fromkeys([*read, *_logs(run, graph, stage)]):
             with log.open("rb") as file:
                 file.seek(read.get(log, 0))
@@ -121,8 +123,8 @@ def follow_logs(console: Console, run: RunDirectory, graph: Graph, stage: str | 
 
 def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
     """End the jobs of a run, and its driver on whatever machine it is. Published artifacts stay."""
-    glance = Glance.at(run, graph).require_known()
-    if glance.idle:
+    activity = RunActivity.observe(run, graph).require_known()
+    if activity.idle:
         console.print(f"nobody works on {run.path}; nothing to cancel.", soft_wrap=True, highlight=False)
         return
     with run.submit_lock():  # from now on, a job that ends submits no further ones
@@ -130,8 +132,8 @@ def cancel(console: Console, run: RunDirectory, graph: Graph) -> None:
         ids = [
             id for executor in Executors(Site(run, graph, run.config)).outliving_drivers() for id in executor.cancel()
         ]
-    if glance.holder is not None:
-        console.print(f"asked {glance.holder} to end.", soft_wrap=True, highlight=False)
+    if activity.holder is not None:
+        console.print(f"asked {activity.holder} to end.", soft_wrap=True, highlight=False)
     if ids:
         run.record(RunCancelled(jobs=ids, by=os.environ.get("USER", str(os.getuid()))))
         console.print(f"cancelled {plural(len(ids), 'job')}: {', '.join(ids)}.", soft_wrap=True, highlight=False)

@@ -2,7 +2,7 @@
 
 Whatever drives the run (a driver, the jobs of a detached run, a command) appends; everything that shows a run reads:
 the live table, `status`, reports, listeners. Readers change nothing in the run. A new kind of event is a class here;
-its wording is in pipelines/insight/wording.py.
+its wording is in pipelines/insight/event_text.py.
 """
 
 import time

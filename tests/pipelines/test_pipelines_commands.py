@@ -17,8 +17,8 @@ from pipelines.config.executor import ExecutorSection
 from pipelines.config.placement import PlacementSection
 from pipelines.execution.endings import latest_metrics
 from pipelines.graph import Graph
-from pipelines.insight.remaining import Remaining, in_words
-from pipelines.insight.wording import metrics_in_words, notable_lines
+from pipelines.insight.event_text import metrics_in_words, notable_lines
+from pipelines.insight.remaining_time import RemainingTime, in_words
 from pipelines.main import PARSER, main
 from pipelines.planning.cluster import Cluster
 from pipelines.run.events import HookFailed, StagePublished, StageReused, StageStarted
@@ -81,8 +81,8 @@ class Clock:
                 self.graph.add(IMPORT_PROMPTS, role, {"source": path}, iteration=iteration)
 
     def remaining(self, *events: StagePublished | StageStarted | StageReused, **shares: float) -> float | None:
-        found = Remaining(self.graph, at_once(1))
-        found.note(list(events))
+        found = RemainingTime(self.graph, at_once(1))
+        found.update(list(events))
         return found.seconds({name.replace("__", "/").replace("_", "-"): share for name, share in shares.items()})
 
 
@@ -114,8 +114,8 @@ def test_stages_that_run_at_once_count_once(tmp_path: Path) -> None:
             graph.add(IMPORT_PROMPTS, role, {"source": source}, iteration=iteration)
     done = [published(f"iteration-001/{role}", seconds) for role, seconds in (("one", 10), ("two", 20), ("three", 30))]
     for parallel, expected in ((1, 60), (2, 40), (3, 30)):
-        remaining = Remaining(graph, at_once(parallel))
-        remaining.note(list(done))
+        remaining = RemainingTime(graph, at_once(parallel))
+        remaining.update(list(done))
         assert remaining.seconds({}) == pytest.approx(expected)
 
 

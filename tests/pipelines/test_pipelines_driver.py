@@ -25,8 +25,8 @@ from pipelines.execution.executors.base import Site
 from pipelines.execution.supervisor import RUN
 from pipelines.graph import Graph
 from pipelines.insight.display import Display
+from pipelines.insight.event_text import notable_lines
 from pipelines.insight.status import print_status
-from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import place

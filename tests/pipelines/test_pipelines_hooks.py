@@ -22,8 +22,8 @@ from pipelines_smallest import pipeline, write_pretended
 
 from contracts.points import METRICS, Point
 from pipelines.config.load import load_run_config
+from pipelines.insight.event_text import notable_lines, of_current_config
 from pipelines.insight.hooks.task import HookTask, Progress
-from pipelines.insight.wording import notable_lines, of_present
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import (
@@ -195,8 +195,8 @@ def test_the_process_of_a_hook_loads_no_configuration() -> None:
 def test_nothing_is_told_of_hooks_and_trackers_that_are_gone(smallest: Path) -> None:
     events = [HookFailed(hook="gone", error="boom"), TrackerFailed(tracker="mlflow", error="boom")]
     theirs = ["hooks.gone.function=hooks.py:note", "tracking.mlflow={}"]
-    assert of_present(events, load_run_config(smallest, theirs)) == events
-    assert of_present(events, load_run_config(smallest, [])) == []
+    assert of_current_config(events, load_run_config(smallest, theirs)) == events
+    assert of_current_config(events, load_run_config(smallest, [])) == []
 
 
 def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path: Path) -> None:

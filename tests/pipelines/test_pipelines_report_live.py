@@ -60,7 +60,7 @@ def test_page_is_written_when_something_has_happened(run: Path) -> None:
 
 def test_large_reports_are_made_elsewhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many new answers are left to a process of its own; what goes wrong there is raised once."""
-    monkeypatch.setattr(listener, "QUICKLY", 10)
+    monkeypatch.setattr(listener, "INLINE_BYTES", 10)
     writer = PageWriter(*opened(run))
     writer([StagePublished(stage="iteration-002/generation", key="k")])
     assert not (run / "report.html").exists()

@@ -18,7 +18,7 @@ from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
 from pipelines.execution.endings import ending_of, progress_of
 from pipelines.execution.supervisor import supervise_locally
-from pipelines.insight.wording import notable_lines
+from pipelines.insight.event_text import notable_lines
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import StageFailed

@@ -20,8 +20,8 @@ from pipelines.execution.driver import Driver
 from pipelines.execution.executors.base import Site
 from pipelines.graph import Graph
 from pipelines.insight import readers
+from pipelines.insight.event_text import notable_lines
 from pipelines.insight.listeners import listeners_of
-from pipelines.insight.wording import notable_lines
 from pipelines.job import ENTRY
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import place
@@ -92,7 +92,7 @@ raise SystemExit(3)
 
 def test_the_log_of_a_reader_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much a hook or a tracker prints while a run goes on, and what it said last is still told."""
-    monkeypatch.setattr(readers, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(readers, "MAX_LOG_BYTES", 10_000)
     log = tmp_path / "logs" / "reader.log"
     process = readers.ReaderProcess([sys.executable, "-c", CHATTY, tmp_path / "told"], os.environ, b"", log)
     while not (tmp_path / "told").exists():

@@ -22,12 +22,12 @@ from contracts.errors import UserError
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
 from contracts.tailing import complete_lines, stdin_closed
-from pipelines.insight.hooks.happenings import Begun, Happening, Happenings, in_words, of_point
+from pipelines.insight.hooks.happenings import Happening, Happenings, OwnStages, in_words, point_happening
 from pipelines.insight.hooks.task import HookTask, Progress, ProgressFile
 from pipelines.run.events import FILE, EventStream, HookFailed, decode_events
 
 POLL_SECONDS = 1.0
-LATER_SECONDS = 5.0
+EXTRA_SECONDS = 5.0
 """Seconds after the grace period of the hook until a function that hangs is killed with this process."""
 
 
@@ -44,14 +44,14 @@ def main() -> int:
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
-        Telling(task, function, Progress.of(run, task.hook) or Progress.now(run)).follow(ended)
+        HookRunner(task, function, Progress.of(run, task.hook) or Progress.now(run)).follow(ended)
     return 0
 
 
 def _end_after(ended: threading.Event, seconds: float) -> None:
     """Kill this process and its children if it is still running some time after its stdin has ended."""
     ended.wait()
-    time.sleep(seconds + LATER_SECONDS)
+    time.sleep(seconds + EXTRA_SECONDS)
     print(
         f"it did not return within {seconds:g} s after the command had ended, and was ended",
         file=sys.stderr,
@@ -60,7 +60,7 @@ def _end_after(ended: threading.Event, seconds: float) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-class Telling:
+class HookRunner:
     """Calls a function with everything that happens in a run."""
 
     def __init__(self, task: HookTask, function: Callable[..., Any], progress: Progress) -> None:
@@ -70,7 +70,7 @@ class Telling:
         self._progress = progress
         self._file = ProgressFile(self._run, task.hook, progress)
         self._happenings = Happenings(self._run, task.evaluated)
-        self._begun = Begun(self._run)
+        self._own_stages = OwnStages(self._run)
         self._failures = 0
         for event in decode_events(complete_lines(self._run / FILE, 0)[: progress.events]):
             for _ in self._happenings.of(event):
@@ -82,17 +82,17 @@ class Telling:
         while not last:
             last = ended.wait(POLL_SECONDS)  # before the files are read, so that the last pass sees all of them
             for line in complete_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
-                points = filter(self._begun.made, decode_points(line))
-                found = (happening for point in points if (happening := of_point(point)))
+                points = filter(self._own_stages.computed, decode_points(line))
+                found = (happening for point in points if (happening := point_happening(point)))
                 self._progress.metrics += len(line)
-                self._tell(found)
+                self._call_for(found)
             for line in complete_lines(self._run / FILE, self._progress.events).splitlines(keepends=True):
                 found = (happening for event in decode_events(line) for happening in self._happenings.of(event))
                 self._progress.events += len(line)
-                self._tell(found)
+                self._call_for(found)
         self._file.write(self._progress)
 
-    def _tell(self, happenings: Iterator[Happening]) -> None:
+    def _call_for(self, happenings: Iterator[Happening]) -> None:
         """Call the function for the kinds that the hook wants, and save the progress where there was a call."""
         wanted = [happening for happening in happenings if happening["kind"] in self._task.kinds]
         for happening in wanted:

@@ -10,11 +10,11 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.insight.hooks.task import EvaluatedPolicy, Progress
 
-GIVEN = ("happening", "run")
+ARGUMENTS = ("happening", "run")
 """The positional arguments of every function; its settings are keywords."""
 
 
-def begin_hooks(config: RunConfig, run: Path) -> None:
+def initialize_hooks(config: RunConfig, run: Path) -> None:
     """Have hooks that are new in this run skip everything that has happened so far."""
     for name in config.hooks:
         if Progress.of(run, name) is None:
@@ -40,7 +40,7 @@ def evaluated_policies(graph: Graph) -> list[EvaluatedPolicy]:
 
 def hook_mistakes(config: RunConfig) -> Iterator[UserError]:
     """The mistakes in the functions of a run's hooks that can be seen without calling them."""
-    calls = {name: Call(hook.function, GIVEN, tuple(hook.settings)) for name, hook in config.hooks.items()}
+    calls = {name: Call(hook.function, ARGUMENTS, tuple(hook.settings)) for name, hook in config.hooks.items()}
     with concurrent.futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
         found = pool.map(mistake_in, calls.values())
         yield from (

@@ -54,24 +54,24 @@ class Happenings:
             case StageStarted():
                 self._started[event.stage] = event.key
                 self._made.discard(event.stage)
-                yield _of_stage(event.stage, "started", event.time, reason=event.reason, attempt=event.attempt)
+                yield _stage_happening(event.stage, "started", event.time, reason=event.reason, attempt=event.attempt)
             case StageFailed():
                 self._started.pop(event.stage, None)
-                told = {"attempt": event.attempt, "failure": event.kind, "how": event.how, "retry_in": event.retry_in}
-                yield _of_stage(event.stage, "failed", event.time, **told)
+                fields = {"attempt": event.attempt, "failure": event.kind, "how": event.how, "retry_in": event.retry_in}
+                yield _stage_happening(event.stage, "failed", event.time, **fields)
             case StagePublished():
-                told = {"key": event.key, "seconds": event.seconds, "ledger": event.ledger}
-                yield from self._published(event.stage, event.time, **told)
+                fields = {"key": event.key, "seconds": event.seconds, "ledger": event.ledger}
+                yield from self._published(event.stage, event.time, **fields)
             case StageReused(stage=stage):
                 # The stage was published while no driver was there to record it: the driver had been killed.
                 if self._started.get(stage) in ("", event.key):
                     yield from self._published(stage, event.time, key=event.key)
                 self._made.add(stage)
 
-    def _published(self, stage: str, time: float, **told: Any) -> Iterator[Happening]:
+    def _published(self, stage: str, time: float, **fields: Any) -> Iterator[Happening]:
         self._started.pop(stage, None)
         self._made.add(stage)
-        yield _of_stage(stage, "published", time, **told)
+        yield _stage_happening(stage, "published", time, **fields)
         policy = self._evaluated.get(stage)
         if policy is not None and self._made.issuperset(policy.stages):
             yield {"kind": "iteration", "time": time, "iteration": policy.iteration, "policy": policy.policy}
@@ -104,14 +104,14 @@ class Happenings:
         return found
 
 
-class Begun:
+class OwnStages:
     """The stages that this run has computed, as opposed to artifacts that it has reused from other runs."""
 
     def __init__(self, run: Path) -> None:
         self._events = EventReader(run / FILE)
         self._stages: set[tuple[str, str]] = set()
 
-    def made(self, point: Point) -> bool:
+    def computed(self, point: Point) -> bool:
         """Whether a point comes from a stage of this run. A stage's start is recorded before its first point."""
         if (found := (point.stage, point.key)) not in self._stages:
             started = (event for event in self._events.news() if isinstance(event, StageStarted | StagePublished))
@@ -119,13 +119,13 @@ class Begun:
         return found in self._stages
 
 
-def of_point(point: Point) -> Happening | None:
+def point_happening(point: Point) -> Happening | None:
     """The happening of a point; None for a point of a whole stage, for which there is an event."""
     if point.unit == "stage":
         return None
-    told: Happening = {"kind": point.unit, "time": point.time, "stage": point.stage, "iteration": point.iteration}
-    told[point.unit] = point.number
-    return {**told, "global_step": point.global_step, "metrics": dict(point.metrics)}
+    fields: Happening = {"kind": point.unit, "time": point.time, "stage": point.stage, "iteration": point.iteration}
+    fields[point.unit] = point.number
+    return {**fields, "global_step": point.global_step, "metrics": dict(point.metrics)}
 
 
 def in_words(happening: Happening) -> str:
@@ -141,5 +141,5 @@ def in_words(happening: Happening) -> str:
             return f"{kind} {happening[kind]} of {happening['stage']}"
 
 
-def _of_stage(stage: str, what: str, time: float, **told: Any) -> Happening:
-    return {"kind": "stage", "what": what, "time": time, "stage": stage, **told}
+def _stage_happening(stage: str, what: str, time: float, **fields: Any) -> Happening:
+    return {"kind": "stage", "what": what, "time": time, "stage": stage, **fields}

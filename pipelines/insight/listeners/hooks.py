@@ -8,7 +8,7 @@ import time
 import msgspec
 
 from pipelines.graph import Graph
-from pipelines.insight.hooks.configured import begin_hooks, evaluated_policies
+from pipelines.insight.hooks.configured import evaluated_policies, initialize_hooks
 from pipelines.insight.hooks.task import EvaluatedPolicy, HookTask
 from pipelines.insight.readers import ReaderProcess
 from pipelines.run.directory import RunDirectory
@@ -26,7 +26,7 @@ class Hooks:
     def __init__(self, run: RunDirectory, graph: Graph) -> None:
         self._run = run
         self._hooks = run.config.hooks
-        begin_hooks(run.config, run.path)
+        initialize_hooks(run.config, run.path)
         evaluated = evaluated_policies(graph) if self._hooks else []
         self._processes = {name: self._start(name, evaluated) for name in self._hooks}
 

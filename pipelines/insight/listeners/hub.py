@@ -46,7 +46,7 @@ class HubListener:
         if self._process is not None:
             self._process.end_input()
             if not self._interrupted:
-                self._process.ends_until(time.monotonic() + self._section.wait_seconds)
+                self._process.wait_until(time.monotonic() + self._section.wait_seconds)
 
     def _completes(self, event: Event) -> bool:
         if not isinstance(event, StagePublished | StageReused) or event.stage not in self._graph.nodes:

@@ -9,7 +9,7 @@ from pipelines.insight.collecting import Collector
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 
-SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Shortest time between two reads of what running stages report."""
 
 
@@ -18,10 +18,10 @@ def listen(run: RunDirectory, graph: Graph) -> Listen:
     collector = Collector(run, graph)
     running: set[str] = set()
     ended = dict.fromkeys(graph.nodes)  # in order
-    asked = -SECONDS
+    polled = -POLL_SECONDS
 
     def collect_metrics(events: list[Event]) -> None:
-        nonlocal asked
+        nonlocal polled
         for event in events:
             match event:
                 case StageStarted(stage=stage):
@@ -33,8 +33,8 @@ def listen(run: RunDirectory, graph: Graph) -> Listen:
             for stage in list(ended):
                 collector.finish(stage)
                 del ended[stage]
-            if running and time.monotonic() - asked > SECONDS:
-                asked = time.monotonic()
+            if running and time.monotonic() - polled > POLL_SECONDS:
+                polled = time.monotonic()
                 for stage in running:
                     collector.collect(stage)
         except OSError as error:

@@ -13,7 +13,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunEnded, StageEvent, StagePublished
 
 PAGE = "report.html"
-QUICKLY = 8 << 20
+INLINE_BYTES = 8 << 20
 """Bytes of new rollouts up to which this process writes the report itself: its libraries are loaded already, and it is
 busy for well under a second. For more it starts another process, so that no stage has to wait."""
 COMMAND = [sys.executable, "-P", "-m", "pipelines", "report"]
@@ -33,7 +33,7 @@ class PageWriter:
         self._graph = graph
         self._last = max((node.iteration or 0 for node in graph.nodes.values()), default=0)
         self._changed = not (run.path / PAGE).exists()  # since the page was written
-        self._judged = False  # a policy but the last, since then: after the last one, the end of the run follows
+        self._evaluated = False  # a policy but the last, since then: after the last one, the end of the run follows
         self._unread = 0
         self._child: ReaderProcess | None = None
 
@@ -44,7 +44,7 @@ class PageWriter:
             self._note(event)
         if self._child is not None and (ended or not self._child.running):
             self._reap()
-        if self._child is None and (self._judged or (ended and self._changed)):
+        if self._child is None and (self._evaluated or (ended and self._changed)):
             self._write()
             if ended:
                 self._reap()
@@ -57,13 +57,13 @@ class PageWriter:
         node = self._graph.nodes[event.stage]
         if isinstance(event, StagePublished):
             self._changed = True
-            self._judged = self._judged or (node.stage.schema == EVALUATION and node.iteration != self._last)
+            self._evaluated = self._evaluated or (node.stage.schema == EVALUATION and node.iteration != self._last)
             if node.stage.schema == ROLLOUTS:
                 self._unread += sum(path.stat().st_size for path in node.output.glob("shard-*"))
 
     def _write(self) -> None:
-        far, self._unread, self._changed, self._judged = self._unread > QUICKLY, 0, False, False
-        if far:
+        in_background, self._unread, self._changed, self._evaluated = self._unread > INLINE_BYTES, 0, False, False
+        if in_background:
             command = [*COMMAND, str(self._run.path)]
             self._child = ReaderProcess(command, os.environ, b"", self._run.path / "logs" / "report.log")
             self._child.end_input()  # it reads what is there, and ends

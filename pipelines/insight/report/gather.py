@@ -17,6 +17,7 @@ from contracts.records import CHECKPOINT, CHECKPOINT_EVALUATION, EVALUATION, PAI
 from contracts.secrets import TOKEN
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
+from pipelines.insight.event_text import notable_lines, of_current_config
 from pipelines.insight.report.data import LedgerLine, PaidLine, RunReport, SampleSet, StageRow, TrainingCurves
 from pipelines.insight.report.expected import expected_lines, plan_statement
 from pipelines.insight.report.keep import Keep
@@ -24,7 +25,6 @@ from pipelines.insight.report.length import TRAINED_ON
 from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import devices_of, note_waits, stage_row, time_facts
-from pipelines.insight.wording import notable_lines, of_present
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
 from pipelines.run.gates import refused, stop_decision
@@ -89,7 +89,7 @@ class _Gathering:
             made=round(time.time(), 1),
             state=state,
             iterations=max((node.iteration or 0 for node in self.graph.nodes.values()), default=0),
-            notes=notable_lines(of_present(self.events, self.run.config))[-MOST_LINES:],
+            notes=notable_lines(of_current_config(self.events, self.run.config))[-MOST_LINES:],
             evaluations=self.evaluations(),
             refused=sorted(refused(self.graph)),
             stopped=(stop.reason or "") if stop is not None else "",

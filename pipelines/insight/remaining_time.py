@@ -28,7 +28,7 @@ def seconds_by_role(graph: Graph, events: Iterable[Event]) -> dict[str, float]:
     return {role: statistics.median(seconds[-LATEST:]) for role, seconds in seen.items()}
 
 
-class Remaining:
+class RemainingTime:
     """Keeps track of the durations of stages from the run's events, and estimates the remaining time."""
 
     def __init__(self, graph: Graph, cluster: Cluster, followers: Streams = MappingProxyType({})) -> None:
@@ -41,7 +41,7 @@ class Remaining:
         self.started: dict[str, float] = {}
         """When each running stage was started (seconds since 1970)."""
 
-    def note(self, events: list[Event]) -> None:
+    def update(self, events: list[Event]) -> None:
         """Take further events into account."""
         for event in events:
             match event:
@@ -68,7 +68,7 @@ class Remaining:
         expected: dict[str, float] = {}
         for node in self._order:
             if node.name not in done:
-                own = self._of_running(node.name, shares.get(node.name), self._seconds.get(node.role))
+                own = self._expected_seconds(node.name, shares.get(node.name), self._seconds.get(node.role))
                 if own is None:
                     return None
                 expected[node.name] = own
@@ -76,7 +76,7 @@ class Remaining:
         times = schedule(self._order, self._cluster, expected, running, done, self._followers)
         return max((end for _, end in times.values()), default=0.0)
 
-    def _of_running(self, name: str, share: float | None, known: list[float] | None) -> float | None:
+    def _expected_seconds(self, name: str, share: float | None, known: list[float] | None) -> float | None:
         whole = statistics.median(known[-LATEST:]) if known else None
         if name not in self.started:
             return whole

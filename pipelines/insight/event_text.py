@@ -34,7 +34,7 @@ from pipelines.text import format_megabytes, format_ranges, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
 """The metrics to show of a running stage, by priority."""
-MOST_WATCHED = 3
+MAX_WATCHED = 3
 
 
 def live_line(event: Event) -> str | None:
@@ -76,16 +76,16 @@ def live_line(event: Event) -> str | None:
         case HubPushFailed():
             return f"warning: {event.what} is not on the Hub yet, and the run goes on: {printable(event.error)}"
         case TrackerFailed():
-            return f"warning: {_of_tracker(event)}"
+            return f"warning: {_tracker_failure(event)}"
         case HookFailed():
-            return f"warning: {_of_hook(event)}"
+            return f"warning: {_hook_failure(event)}"
         case _:
             return None
 
 
 def metrics_in_words(metrics: dict[str, float]) -> str:
     """The most important metrics of a step or shard, in words."""
-    chosen = [name for name in WATCHED if name in metrics][:MOST_WATCHED]
+    chosen = [name for name in WATCHED if name in metrics][:MAX_WATCHED]
     return ", ".join(f"{name.replace('_per_second', '/s').replace('_', ' ')} {metrics[name]:.3g}" for name in chosen)
 
 
@@ -102,7 +102,7 @@ def is_good_news(event: Event) -> bool:
     return isinstance(event, StageStarted | StageReused | StagePublished | WeightsReleased | HubPushed)
 
 
-def of_present(events: Iterable[Event], config: RunConfig) -> list[Event]:
+def of_current_config(events: Iterable[Event], config: RunConfig) -> list[Event]:
     """The events, without failures of hooks and trackers that are no longer in the config."""
     hooks, trackers = config.hooks, config.tracking.chosen
     return [
@@ -158,16 +158,16 @@ def _notable(event: Event) -> str | None:
         case HubPushFailed():
             return f"{event.what} could not be pushed: {printable(event.error)}"
         case TrackerFailed():
-            return _of_tracker(event)
+            return _tracker_failure(event)
         case HookFailed():
-            return _of_hook(event)
+            return _hook_failure(event)
         case _:
             return None
 
 
-def _of_tracker(event: TrackerFailed) -> str:
+def _tracker_failure(event: TrackerFailed) -> str:
     return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {printable(event.error)}"
 
 
-def _of_hook(event: HookFailed) -> str:
+def _hook_failure(event: HookFailed) -> str:
     return f"the hook {event.hook} failed: {printable(event.error)}"
