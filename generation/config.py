@@ -14,7 +14,7 @@ from generation.engine_args import checked_arguments
 MINIMUM_TEMPERATURE = 0.01
 """vLLM silently raises temperatures between 0 and this one."""
 MAXIMUM_TEMPERATURE = 10.0
-MAXIMUM_OF_VLLM = 2.0
+VLLM_MAXIMUM = 2.0
 """vLLM refuses requests with a higher temperature."""
 
 
@@ -224,9 +224,9 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
         alone = {"guided": self.guided, "thinking": self.thinking, "engine_args": self.engine_args}
         if self.engine != "vllm" and (asked := [name for name, value in alone.items() if value]):
             raise ValueError(f"{asked[0]} is for engine=vllm; engine={self.engine} has nothing like it. Take it out.")
-        if self.engine == "vllm" and max(self.temperatures) > MAXIMUM_OF_VLLM:
+        if self.engine == "vllm" and max(self.temperatures) > VLLM_MAXIMUM:
             raise ValueError(
-                f"temperatures {self.temperatures}: vLLM takes none above {MAXIMUM_OF_VLLM:g}. Lower it, or set "
+                f"temperatures {self.temperatures}: vLLM takes none above {VLLM_MAXIMUM:g}. Lower it, or set "
                 "engine=transformers."
             )
         if self.servers and (self.engine != "vllm" or self.replicas > 1):

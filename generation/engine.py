@@ -68,7 +68,7 @@ class SamplingEngine(Protocol):
         """
         ...
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Prepare for a new stage: clear the caches of earlier ones."""
         ...
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from contracts import engine_args
 
-OURS = {
+RESERVED = {
     "model": "it is the stage's policy",
     "tokenizer": "it is the policy's own",
     "skip_tokenizer_init": "engines are given token ids, and a tokenizer where they need one",
@@ -43,4 +43,4 @@ def checked_arguments(value: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one of them can only be set by the stage.
     """
-    return engine_args.checked_arguments(value, OURS)
+    return engine_args.checked_arguments(value, RESERVED)

@@ -14,7 +14,7 @@ from typing import Any
 
 from contracts.processes import die_with_parent
 
-GRACE = 5.0
+GRACE_SECONDS = 5.0
 """Seconds that the command has to exit after SIGTERM, before its group is killed."""
 
 
@@ -27,7 +27,7 @@ def main() -> None:
         process.wait()
     except SystemExit:
         process.terminate()
-        process.wait(GRACE)
+        process.wait(GRACE_SECONDS)
     finally:
         os.killpg(0, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ from generation.engine import Answer, GenerationRequest, SamplingEngine
 REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
-ANCHOR = 8
+PREFILL_TOKENS = 8
 """Last tokens of a prefill that are decoded together with the answer, so that the space between them is right."""
 
 
@@ -45,7 +45,9 @@ def default_shard_size(config: GenerationConfig) -> int:
     return max(1, 8 * config.max_num_seqs // config.k)
 
 
-def cut(prompts: Sequence[tuple[Prompt, tuple[int, ...] | None]], size: int, longest: int | None) -> list[Shard]:
+def make_shards(
+    prompts: Sequence[tuple[Prompt, tuple[int, ...] | None]], size: int, longest: int | None
+) -> list[Shard]:
     """Cut the prompts into shards of `size`; the last one may be smaller.
 
     Prompts that the chat template refused (None) and those of more than `longest` tokens are dropped, and counted.
@@ -93,14 +95,14 @@ def requests_of(prompt: Prompt, ids: tuple[int, ...], config: GenerationConfig) 
             top_p=1.0 if greedy else config.top_p,
             top_k=0 if greedy else config.top_k,
             max_tokens=config.max_new_tokens,
-            **_further(config, greedy=greedy),
+            **_optional_parameters(config, greedy=greedy),
         )
         seed = derive_seed(config.seed, config.iteration, prompt.prompt_id, group)
         requests.append(GenerationRequest(ids, config.k // len(config.temperatures), seed, sampling))
     return requests
 
 
-def _further(config: GenerationConfig, *, greedy: bool) -> dict[str, Any]:
+def _optional_parameters(config: GenerationConfig, *, greedy: bool) -> dict[str, Any]:
     """The optional sampling parameters that are set; those without effect are not recorded."""
     found: dict[str, Any] = {}
     if config.min_p and not greedy:
@@ -144,9 +146,9 @@ def sample_shard(
         mine = slice(position * groups, (position + 1) * groups)
         prompt, ids = shard.prompts[index]
         try:
-            begun = ids[-ANCHOR:] if prompt.messages[-1].role == "assistant" else ()
+            prefill = ids[-PREFILL_TOKENS:] if prompt.messages[-1].role == "assistant" else ()
             completions = _completions(
-                requests[mine], answers[mine], tokenizer, begun, include_stop=config.include_stop
+                requests[mine], answers[mine], tokenizer, prefill, include_stop=config.include_stop
             )
         except RuntimeError as error:
             faults.add(Fault(error))
@@ -175,7 +177,7 @@ def _completions(
     requests: Sequence[GenerationRequest],
     answers: Sequence[Sequence[Answer] | Fault],
     tokenizer: ChatTokenizer,
-    begun: Sequence[int],
+    prefill: Sequence[int],
     *,
     include_stop: bool,
 ) -> tuple[Completion, ...]:
@@ -191,7 +193,7 @@ def _completions(
                 Completion(
                     sample=len(completions),
                     response_ids=answer.response_ids,
-                    text=_text(answer, tokenizer, begun, include_stop=include_stop),
+                    text=_text(answer, tokenizer, prefill, include_stop=include_stop),
                     finish_reason=answer.finish_reason,
                     logprobs=answer.logprobs,
                     seed=answer.seed,
@@ -201,13 +203,13 @@ def _completions(
     return tuple(completions)
 
 
-def _text(answer: Answer, tokenizer: ChatTokenizer, begun: Sequence[int], *, include_stop: bool) -> str:
-    """The text of an answer that follows the tokens `begun` of a prefill, up to the stop string if one ended it."""
-    text = tokenizer.text(answer.response_ids, begun)
+def _text(answer: Answer, tokenizer: ChatTokenizer, prefill: Sequence[int], *, include_stop: bool) -> str:
+    """The text of an answer after the last tokens of its `prefill`, up to the stop string if one ended it."""
+    text = tokenizer.text(answer.response_ids, prefill)
     if answer.stop_string is None:
         return text
-    before = tokenizer.text(answer.response_ids[:-1], begun)
-    found = stop_strings.cut(text, before, answer.stop_string, include=include_stop)
+    before = tokenizer.text(answer.response_ids[:-1], prefill)
+    found = stop_strings.cut_at_stop(text, before, answer.stop_string, include=include_stop)
     if found is None:
         raise RuntimeError(
             f"the engine ended an answer at {answer.stop_string!r} (seed {answer.seed}), which is not in its text "

@@ -28,9 +28,9 @@ from generation.prompts import check_policy, prompt_ids, select_prompts
 from generation.rollouts import (
     Shard,
     answer_lengths,
-    cut,
     default_shard_size,
     longest_first,
+    make_shards,
     sample_shard,
     shard_facts,
     shard_metrics,
@@ -43,9 +43,9 @@ ENGINE_FIELDS = {
     *("stop", "guided", "thinking", "engine_args"),
 }
 """Config fields that, in addition to `EngineSettings`, determine an engine."""
-UNREAD = ("_name_or_path", "transformers_version")
+IGNORED_ENTRIES = ("_name_or_path", "transformers_version")
 """Entries of config.json that do not describe the architecture."""
-NOTHING = {"completions": 0, "stopped": 0, "response_tokens": 0, "prompt_tokens": 0}
+EMPTY_FACTS = {"completions": 0, "stopped": 0, "response_tokens": 0, "prompt_tokens": 0}
 """Facts of a stage without prompts: after a draw of dynamic sampling in which no prompt had to be replaced."""
 LENGTH_STEP = 128
 """The maximum sequence length is rounded up to a multiple of this, so that stages with similar prompts can share an
@@ -58,7 +58,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
     longest_allowed = check_policy(config)
     prompts = select_prompts(config)
     if not prompts:
-        return Outcome("prompts", NOTHING, model_fingerprint(config.policy))
+        return Outcome("prompts", EMPTY_FACTS, model_fingerprint(config.policy))
 
     # The chat template is applied once; only token ids are used from here on.
     threads = set_threads(config.tensor_parallel)
@@ -69,7 +69,7 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
         tokenized = [(prompt, prompt_ids(tokenizer, prompt, drop=config.refused == "drop")) for prompt in prompts]
         largest = max(max(ids or (), default=0) for _, ids in tokenized)
         ModelInfo.read(config.policy).require_ids(max(largest, *tokenizer.stop_ids), "a prompt (or a stop token)")
-    shards = cut(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
+    shards = make_shards(tokenized, config.shard_size or default_shard_size(config), longest_allowed)
     settings = _settings(config, context, tokenizer, shards, longest_allowed)
     engine_facts: dict[str, Any] = {"dtype": settings.dtype, "engine": config.engine, "threads": threads}
 
@@ -80,10 +80,10 @@ def run(config: GenerationConfig, context: Context) -> Outcome:
             start = time.perf_counter()
             if config.dtype == "auto":  # processors differ, but all shards must have one dtype
                 engine_facts["dtype"] = agree(context, "dtype", settings.dtype)
-            decided = msgspec.structs.replace(settings, dtype=engine_facts["dtype"])
-            engine, engine_facts["start"] = hold_engine(config, decided, fingerprint)
-            if isinstance(engine, UpdatableEngine) and engine.proof is not None:
-                engine_facts["read_back"] = engine.proof
+            agreed = msgspec.structs.replace(settings, dtype=engine_facts["dtype"])
+            engine, engine_facts["start"] = get_engine(config, agreed, fingerprint)
+            if isinstance(engine, UpdatableEngine) and engine.read_back_digest is not None:
+                engine_facts["read_back"] = engine.read_back_digest
             if resident.must_close():
                 stack.callback(engine.close)
             load = {"load": time.perf_counter() - start}  # counted with the worker's first shard
@@ -159,7 +159,7 @@ def _settings(
     on_gpu = context.role != "publisher" and devices_per_replica(alone) > 0
     return EngineSettings(
         stop_ids=tokenizer.stop_ids,
-        max_length=_rounded(max(lengths) + config.max_new_tokens, ModelInfo.read(config.policy).context_length),
+        max_length=_round_length(max(lengths) + config.max_new_tokens, ModelInfo.read(config.policy).context_length),
         dtype=resolve_dtype(config.dtype, on_gpu=on_gpu, sampled=config.policy),
         on_gpu=on_gpu,
         log=context.publication.directory / "state" / f"server-{context.rank}.log",
@@ -167,20 +167,20 @@ def _settings(
     )
 
 
-def _rounded(length: int, context: int | None) -> int:
+def _round_length(length: int, context: int | None) -> int:
     """Round a length up to a multiple of LENGTH_STEP, but not beyond the model's context."""
     whole = -(-length // LENGTH_STEP) * LENGTH_STEP
     return whole if context is None else max(length, min(whole, context))
 
 
-def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint: str) -> tuple[SamplingEngine, Start]:
+def get_engine(config: GenerationConfig, settings: EngineSettings, fingerprint: str) -> tuple[SamplingEngine, Start]:
     """Return an engine with the policy's weights: a new one, or the one that an earlier stage left in this process.
 
     The weights of an engine of the same architecture and settings are updated in place.
     """
     fields = config.model_dump(mode="json", include=ENGINE_FIELDS)
     model = json.loads((config.policy / "config.json").read_bytes())
-    architecture = {name: value for name, value in model.items() if name not in UNREAD}
+    architecture = {name: value for name, value in model.items() if name not in IGNORED_ENTRIES}
     if config.stop or config.guided or config.thinking:  # the engine decodes text with the tokenizer it was opened with
         architecture["tokenizer"] = file_sha256(config.policy / "tokenizer.json")
     settled = msgspec.to_builtins(msgspec.structs.replace(settings, log=Path()), enc_hook=str)
@@ -204,7 +204,7 @@ def hold_engine(config: GenerationConfig, settings: EngineSettings, fingerprint:
         open_=lambda: open_engine(config, settings),
         close=lambda engine: engine.close(),
         update=update if config.engine == "vllm" else None,
-        begin=lambda engine: engine.begin(),
+        begin=lambda engine: engine.reset(),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 KEY = "VLLM_API_KEY"
 """Environment variable with the server's key."""
-OPEN = "/health"
+HEALTH_PATH = "/health"
 """The only path that needs no key: the health check."""
 
 
@@ -26,7 +26,7 @@ class RequireKey:
         """Pass a request on if it has the key or needs none."""
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         known = hmac.compare_digest(given, self._wanted)
-        if scope["type"] not in ("http", "websocket") or scope["path"] == OPEN or known:
+        if scope["type"] not in ("http", "websocket") or scope["path"] == HEALTH_PATH or known:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})

@@ -8,7 +8,7 @@ string; of several, the one that is complete first counts.
 from collections.abc import Sequence
 from typing import Any
 
-HALF = "\ufffd"
+REPLACEMENT = "\ufffd"
 """Replacement character, to which tokenizers decode an incomplete UTF-8 sequence."""
 
 
@@ -53,7 +53,7 @@ def first_complete(text: str, stop: Sequence[str], known: int) -> str | None:
     return min(ends)[2] if ends else None
 
 
-def cut(text: str, before: str, stop: str, *, include: bool) -> str | None:
+def cut_at_stop(text: str, before: str, stop: str, *, include: bool) -> str | None:
     """Cut an answer's text at the stop string that ended it; None if the text does not contain it.
 
     Args:
@@ -62,7 +62,7 @@ def cut(text: str, before: str, stop: str, *, include: bool) -> str | None:
         stop: the stop string.
         include: whether to keep the stop string.
     """
-    known = len(before.rstrip(HALF))
+    known = len(before.rstrip(REPLACEMENT))
     start = text.find(stop, max(0, known - len(stop) + 1))
     if start < 0 and stop.startswith(" ") and text.startswith(stop.lstrip(" ")):
         start, stop = 0, stop.lstrip(" ")  # SentencePiece decoders omit a leading space

@@ -101,7 +101,7 @@ class TransformersEngine:
         stop, min_tokens = sampling.stop or (), sampling.min_tokens or 0
         return StopStrings(self._tokenizer, prompt_ids, stop, min_tokens) if stop else None
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Do nothing: no cache outlives a batch."""
 
     def profile(self, name: str) -> AbstractContextManager[None]:

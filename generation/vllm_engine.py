@@ -32,7 +32,7 @@ EXTENSION = "generation.weight_update.WeightUpdate"
 """Class whose methods vLLM adds to its workers."""
 WORKER = "VllmWorker"
 """Name prefix of vLLM's worker processes."""
-PATIENCE = 120.0
+UPDATE_SECONDS = 120.0
 """Seconds that workers may take to update weights, in addition to five times their startup time."""
 
 
@@ -40,13 +40,13 @@ class UpdatableEngine(ABC):
     """A vLLM engine, in this process or a server, whose weights can be updated in place."""
 
     dtype: str
-    longest: int
+    max_length: int
     """Maximum tokens of a sequence."""
-    proof: str | None = None
+    read_back_digest: str | None = None
     """Fingerprint of the weights that were read back after the last update; None before the first update."""
 
     @abstractmethod
-    def ask(self, method: str, *arguments: str) -> list[Any]:
+    def call_workers(self, method: str, *arguments: str) -> list[Any]:
         """Call a method of `WeightUpdate` in every worker, and return the results.
 
         Raises:
@@ -55,12 +55,12 @@ class UpdatableEngine(ABC):
         ...
 
     @abstractmethod
-    def says(self, ids: list[int]) -> list[float]:
+    def sequence_logprobs(self, ids: list[int]) -> list[float]:
         """Log-probabilities of all tokens of a sequence but the first, given the tokens before them."""
         ...
 
     @abstractmethod
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Prepare for a new stage: clear the prefix cache, because cache salts repeat, with other prompts or weights.
 
         Raises:
@@ -81,18 +81,18 @@ class UpdatableEngine(ABC):
         probe = probe_of(policy)
         if probe is None:
             raise UpdateError(f"nobody can tell whether the engine has the weights of {policy}")
-        found = self.ask("take_weights", str(policy))
+        found = self.call_workers("replace_weights", str(policy))
         lost = [name for worker in found for name in worker["lost"]]
         if lost:
             raise UpdateError(f"{policy} has no weights for {', '.join(lost[:3])}")
-        self.begin()
-        self._require(probe, policy)
-        self.proof = _fingerprint(found)
+        self.reset()
+        self._check_probe(probe, policy)
+        self.read_back_digest = _fingerprint(found)
 
-    def _require(self, probe: Probe, policy: Path) -> None:
+    def _check_probe(self, probe: Probe, policy: Path) -> None:
         """Compare the engine's log-probabilities of the probe with the trainer's."""
-        ids = [*probe.prompt_ids, *probe.response_ids][: self.longest - 1]
-        found = self.says(ids)[len(probe.prompt_ids) - 1 :]
+        ids = [*probe.prompt_ids, *probe.response_ids][: self.max_length - 1]
+        found = self.sequence_logprobs(ids)[len(probe.prompt_ids) - 1 :]
         difference = max((abs(one - other) for one, other in zip(found, probe.logprobs, strict=False)), default=0.0)
         allowed = PROBE_EXACT if {probe.dtype, self.dtype} == {"float32"} else PROBE_HALF
         if not difference <= allowed:
@@ -103,7 +103,7 @@ class UpdatableEngine(ABC):
 
     def read_back(self) -> str:
         """Fingerprint of the weights that the workers compute with: equal for equal weights in the same layout."""
-        return _fingerprint(self.ask("read_weights"))
+        return _fingerprint(self.call_workers("read_weights"))
 
 
 def _fingerprint(workers: list[dict[str, Any]]) -> str:
@@ -126,20 +126,20 @@ class VllmEngine(UpdatableEngine):
 
             # The engine gets and returns token ids, so it needs no tokenizer, except for multimodal models (their
             # processors) and for settings that look at the text of answers. vLLM's server always needs one.
-            reads_text = bool(config.stop or config.guided or config.thinking)
-            without = not (has_other_inputs(config.policy) or reads_text)
+            decodes_text = bool(config.stop or config.guided or config.thinking)
+            no_tokenizer = not (is_multimodal(config.policy) or decodes_text)
             start = time.monotonic()
             with resident.outliving_attempt():
-                self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=without)
-        self._patience = PATIENCE + 5 * (time.monotonic() - start)
+                self._llm: Any = LLM(**engine_arguments(config, settings), skip_tokenizer_init=no_tokenizer)
+        self._update_timeout = UPDATE_SECONDS + 5 * (time.monotonic() - start)
         self._workers = [each for each in multiprocessing.active_children() if each.name.startswith(WORKER)]
         beat_with_every_step(self._llm)
         self._sampling_params: Any = SamplingParams
         self._structured_outputs: Any = StructuredOutputsParams
         self._guided = structured_outputs(config)
-        self._refused: type[Exception] = VLLMValidationError
+        self._validation_error: type[Exception] = VLLMValidationError
         self.dtype = settings.dtype
-        self.longest: int = self._llm.llm_engine.model_config.max_model_len
+        self.max_length: int = self._llm.llm_engine.model_config.max_model_len
         self._stop_ids = list(settings.stop_ids)
 
     def generate(self, requests: Sequence[GenerationRequest], batch: str) -> list[list[Answer]]:
@@ -152,12 +152,12 @@ class VllmEngine(UpdatableEngine):
                 [self._params(request) for request in requests],
                 use_tqdm=False,
             )
-        except self._refused as error:
+        except self._validation_error as error:
             if self._guided:
                 raise UserError(f"guided: vLLM cannot keep answers to this form ({error}). Write another.") from error
             raise
         except Exception as error:
-            if dead := self._dead():
+            if dead := self._dead_workers():
                 raise TransientError(f"a process of the engine was killed or has died: {dead}") from error
             raise
         return [
@@ -176,26 +176,26 @@ class VllmEngine(UpdatableEngine):
             detokenize="stop" in parameters,
         )
 
-    def _dead(self) -> str:
+    def _dead_workers(self) -> str:
         """Names and exit codes of dead workers; if one is killed, vLLM ends the others as well."""
         return ", ".join(f"{each.name} (exit code {each.exitcode})" for each in self._workers if not each.is_alive())
 
-    def ask(self, method: str, *arguments: str) -> list[Any]:
+    def call_workers(self, method: str, *arguments: str) -> list[Any]:
         """Call a method of each worker."""
-        if dead := self._dead():
+        if dead := self._dead_workers():
             raise TransientError(f"a process of the engine was killed or has died: {dead}")
-        found: list[Any] = self._llm.collective_rpc(method, timeout=self._patience, args=arguments)
+        found: list[Any] = self._llm.collective_rpc(method, timeout=self._update_timeout, args=arguments)
         return found
 
-    def says(self, ids: list[int]) -> list[float]:
+    def sequence_logprobs(self, ids: list[int]) -> list[float]:
         """Computed as the log-probabilities of a prompt."""
         params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
         return [output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Clear the prefix cache."""
-        self.ask("check_health")
+        self.call_workers("check_health")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
 
@@ -255,7 +255,7 @@ def structured_outputs(config: GenerationConfig) -> dict[str, Any]:
     return {"json" if name == "json_schema" else name: value}
 
 
-def has_other_inputs(model: Path) -> bool:
+def is_multimodal(model: Path) -> bool:
     """Whether a model may be multimodal: its config.json has sections for parts."""
     settings = json.loads((model / "config.json").read_text())
     return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())

@@ -23,7 +23,7 @@ from generation.config import GenerationConfig
 from generation.engine import Answer, EngineSettings, GenerationRequest
 from generation.server_key import KEY, RequireKey
 from generation.vllm_engine import (
-    PATIENCE,
+    UPDATE_SECONDS,
     UpdatableEngine,
     engine_arguments,
     reason_of,
@@ -50,12 +50,12 @@ class VllmServer(UpdatableEngine):
         self._key = secrets.token_urlsafe(32)
         self._address = f"http://127.0.0.1:{_free_port()}"
         arguments = engine_arguments(config, settings)
-        self.dtype, self.longest = settings.dtype, arguments["max_model_len"]
+        self.dtype, self.max_length = settings.dtype, arguments["max_model_len"]
         start = time.monotonic()
         self._process = self._start(arguments, on_gpu=settings.on_gpu)
         try:
             self._wait_until_healthy(config.startup_seconds)
-            self._patience = PATIENCE + 5 * (time.monotonic() - start)
+            self._update_timeout = UPDATE_SECONDS + 5 * (time.monotonic() - start)
         except BaseException:
             self.close()
             raise
@@ -121,7 +121,7 @@ class VllmServer(UpdatableEngine):
         )
         async with session:
 
-            async def ask(body: dict[str, Any], request: GenerationRequest) -> list[Answer] | Fault:
+            async def complete(body: dict[str, Any], request: GenerationRequest) -> list[Answer] | Fault:
                 async with session.post("/v1/completions", json=body) as response:
                     if response.status != 200:
                         problem = f"answered {response.status}: {await response.text()}"
@@ -131,7 +131,7 @@ class VllmServer(UpdatableEngine):
                     return found
 
             try:
-                return await asyncio.gather(*map(ask, bodies, requests))
+                return await asyncio.gather(*map(complete, bodies, requests))
             except aiohttp.ClientError as error:
                 raise ConnectionError(
                     f"the vLLM server is gone ({error}). From its log:\n{self._log_tail()}"
@@ -156,21 +156,21 @@ class VllmServer(UpdatableEngine):
         errors = [line for line in lines if " ERROR " in line]
         return "\n".join(errors[:LOG_TAIL_LINES] or lines[-LOG_TAIL_LINES:])
 
-    def ask(self, method: str, *arguments: str) -> list[Any]:
+    def call_workers(self, method: str, *arguments: str) -> list[Any]:
         """Call a method of each worker by HTTP."""
-        body = {"method": method, "args": arguments, "timeout": self._patience}
-        found: list[Any] = self._post("/collective_rpc", body, self._patience)["results"]
+        body = {"method": method, "args": arguments, "timeout": self._update_timeout}
+        found: list[Any] = self._post("/collective_rpc", body, self._update_timeout)["results"]
         return found
 
-    def says(self, ids: list[int]) -> list[float]:
+    def sequence_logprobs(self, ids: list[int]) -> list[float]:
         """Computed as the log-probabilities of a prompt."""
         body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        (choice,) = self._post("/v1/completions", body, self._patience)["choices"]
+        (choice,) = self._post("/v1/completions", body, self._update_timeout)["choices"]
         return [choice["prompt_logprobs"][place][str(ids[place])]["logprob"] for place in range(1, len(ids))]
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Clear the prefix cache."""
-        if not self._post("/reset_prefix_cache", {}, self._patience)["success"]:
+        if not self._post("/reset_prefix_cache", {}, self._update_timeout)["success"]:
             raise RuntimeError("vLLM's server did not reset its prefix cache")
 
     @contextlib.contextmanager

@@ -14,14 +14,14 @@ from torch import Tensor
 
 COLUMNS = 32
 """Number of columns of each matrix that are read back from its layer."""
-SAMPLED = 4096
+MAXIMUM_VALUES = 4096
 """Maximum number of values that are read back of any other parameter."""
 
 
 class WeightUpdate:
     """Methods that vLLM adds to its worker class."""
 
-    def take_weights(self, policy: str) -> dict[str, Any]:
+    def replace_weights(self, policy: str) -> dict[str, Any]:
         """Reload all weights from a checkpoint directory; returns the result of `read_weights`.
 
         vLLM maps the files, and copies this worker's shard of each tensor, layer by layer, so no worker holds more than
@@ -31,7 +31,7 @@ class WeightUpdate:
         model = worker.get_model()
         _poison(model)
         worker.reload_weights(weights_path=policy)
-        _renew_heads(model)
+        _repack_heads(model)
         return self.read_weights()
 
     def read_weights(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _without_weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.full_like(x, math.nan)
 
 
-def _renew_heads(model: Any) -> None:
+def _repack_heads(model: Any) -> None:
     """Make embeddings and output matrices rebuild the packed weights of their kernels.
 
     On a CPU vLLM computes logits from a packed copy of the output matrix. If that is tied to the embedding, no weight
@@ -94,13 +94,13 @@ def _read_back(model: Any) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(layer, VocabParallelEmbedding):
             width = layer.embedding_dim
         if width is not None:
-            yield name, _columns(layer, width)
+            yield name, _some_columns(layer, width)
         for own, weight in layer.named_parameters(recurse=False):
             if weight.dtype.is_floating_point and weight.numel():
-                yield f"{name}.{own}", _numbers(weight.data)
+                yield f"{name}.{own}", _some_values(weight.data)
 
 
-def _columns(layer: Any, width: int) -> Tensor:
+def _some_columns(layer: Any, width: int) -> Tensor:
     """Some columns of a layer's matrix, [COLUMNS, outputs]."""
     weight = next(layer.parameters())
     places = torch.arange(COLUMNS, device=weight.device) * width // COLUMNS
@@ -111,9 +111,9 @@ def _columns(layer: Any, width: int) -> Tensor:
     return answers
 
 
-def _numbers(weight: Tensor) -> Tensor:
-    """At most SAMPLED values of a parameter; a single NaN if any of its values is not finite."""
+def _some_values(weight: Tensor) -> Tensor:
+    """At most MAXIMUM_VALUES values of a parameter; a single NaN if any of its values is not finite."""
     if not bool(weight.isfinite().all()):
         return torch.full((1,), math.nan)
     flat = weight.reshape(-1)
-    return flat[:: -(-flat.numel() // SAMPLED)].float()
+    return flat[:: -(-flat.numel() // MAXIMUM_VALUES)].float()

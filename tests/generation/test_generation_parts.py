@@ -26,9 +26,9 @@ from generation.prompts import prompt_ids, select_prompts
 from generation.rollouts import (
     answer_lengths,
     check_answer,
-    cut,
     default_shard_size,
     longest_first,
+    make_shards,
     requests_of,
     sample_shard,
 )
@@ -51,7 +51,7 @@ def numbered(count: int) -> list[Prompt]:
 )
 def test_cut_covers_the_input_exactly(lengths: list[int], size: int, longest: int | None) -> None:
     prompts = [(prompt, (0,) * length) for prompt, length in zip(numbered(len(lengths)), lengths, strict=True)]
-    shards = cut(prompts, size, longest)
+    shards = make_shards(prompts, size, longest)
     kept = [item for item in prompts if longest is None or len(item[1]) <= longest]
     assert [item for shard in shards for item in shard.prompts] == kept
     assert len({shard.name for shard in shards}) == len(shards) == math.ceil(len(prompts) / size)
@@ -72,7 +72,7 @@ def test_prompts_that_the_template_refuses_are_dropped_and_counted_if_the_config
     ):
         prompt_ids(tokenizer, prompts[1])
     rendered = [(prompt, prompt_ids(tokenizer, prompt, drop=True)) for prompt in prompts]
-    (shard,) = cut(rendered, 5, 4)
+    (shard,) = make_shards(rendered, 5, 4)
     assert [prompt.prompt_id for prompt, _ in shard.prompts] == ["0" * 16]
     assert str(shard.ledger) == "3 prompts in = 1 kept + 1 refused + 1 too_long"
 
@@ -82,7 +82,7 @@ def test_an_answer_whose_beginning_is_given_goes_on_from_it(policy: Path) -> Non
     prompt = Prompt("0" * 16, (Message("user", "w1"), Message("assistant", "w2 w3")))
     ids = prompt_ids(ChatTokenizer(policy), prompt)
     assert ids == (1, 4, 7, 5, 8, 9)
-    (shard,) = cut([(prompt, ids)], 1, None)
+    (shard,) = make_shards([(prompt, ids)], 1, None)
     (row,), _, _ = sample_shard(shard, Recorder(), ChatTokenizer(policy), config(k=1), "weights")
     assert row.prompt_ids == ids
     assert row.completions[0].response_ids == (16, 2)
@@ -92,7 +92,7 @@ def test_an_answer_whose_beginning_is_given_goes_on_from_it(policy: Path) -> Non
 
 def test_shards_with_the_longest_answers_come_first(raw: Artifact, tmp_path: Path) -> None:
     prompts = [(prompt, (0,)) for prompt in numbered(7)]
-    shards = cut(prompts, 2, None)
+    shards = make_shards(prompts, 2, None)
     assert longest_first(shards, {}) == [shard.name for shard in shards]  # the last one has a prompt less
     lengths = {prompts[0][0].prompt_id: 1.0, prompts[4][0].prompt_id: 9.0, prompts[6][0].prompt_id: 20.0}
     # 1 + the mean of 10, 10 + 10, 9 + 10, 20
@@ -126,7 +126,7 @@ def test_a_process_with_a_role_counts_the_devices_of_its_own_engine(
     torch = pytest.importorskip("torch")
     tokenizer = ChatTokenizer(policy)
     one = Prompt("0" * 16, (Message("user", "w1"),))
-    shards = list(cut([(one, (1, 2))], 1, None))
+    shards = list(make_shards([(one, (1, 2))], 1, None))
 
     def on_gpu(visible: int, role: Any, **values: int) -> bool:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -181,7 +181,7 @@ class Recorder:
 
 def test_the_longest_prompts_are_submitted_first_and_rows_keep_their_order(policy: Path) -> None:
     prompts = [(prompt, (1,) * length) for prompt, length in zip(numbered(5), (3, 9, 4, 9, 1), strict=True)]
-    (shard,) = cut(prompts, 5, None)
+    (shard,) = make_shards(prompts, 5, None)
     engine = Recorder()
     rollouts, _, _ = sample_shard(shard, engine, ChatTokenizer(policy), config(k=4, temperatures=[1.0, 0.5]), "weights")
     assert [len(request.prompt_ids) for request in engine.asked] == [9, 9, 9, 9, 4, 4, 3, 3, 1, 1]
@@ -235,7 +235,7 @@ class Unreliable(Recorder):
 
 def test_prompts_that_the_engine_fails_on_are_dropped_and_counted_up_to_a_share(policy: Path) -> None:
     prompts = [(prompt, (1,) * length) for prompt, length in zip(numbered(5), (3, 9, 4, 20, 1), strict=True)]
-    (shard,) = cut(prompts, 5, 10)
+    (shard,) = make_shards(prompts, 5, 10)
     tolerant = config(k=2, fail_on_error=0.2)
     rollouts, ledger, faults = sample_shard(shard, Unreliable(), ChatTokenizer(policy), tolerant, "weights")
     assert [row.prompt_id for row in rollouts] == [prompts[index][0].prompt_id for index in (0, 2, 4)]

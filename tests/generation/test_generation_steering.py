@@ -17,8 +17,8 @@ from contracts.engine_args import require_known
 from contracts.errors import UserError
 from contracts.records import Completion
 from generation.config import GenerationConfig
-from generation.engine_args import OURS
-from generation.stop_strings import cut, first_complete
+from generation.engine_args import RESERVED
+from generation.stop_strings import cut_at_stop, first_complete
 
 EOS = 2
 STOP = ["w7 w", " w12", "w30"]
@@ -197,8 +197,8 @@ def test_the_stop_string_that_is_complete_first_ends_an_answer(text: str, stop: 
     if expected is not None and found is not None:
         assert found == complete[expected][0]
         assert first_complete(text[:expected], stop, expected - 1) == found
-        assert cut(text[:expected], text[: expected - 1], found, include=True) == text[:expected]
-        assert cut(text[:expected], text[: expected - 1], found, include=False) == text[: expected - len(found)]
+        assert cut_at_stop(text[:expected], text[: expected - 1], found, include=True) == text[:expected]
+        assert cut_at_stop(text[:expected], text[: expected - 1], found, include=False) == text[: expected - len(found)]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_stop_string_that_is_complete_first_ends_an_answer(text: str, stop: 
     ],
 )
 def test_the_text_ends_where_the_stop_string_begins(text: str, before: str, stop: str, expected: str | None) -> None:
-    assert cut(text, before, stop, include=False) == expected
+    assert cut_at_stop(text, before, stop, include=False) == expected
 
 
 def config(**values: Any) -> GenerationConfig:
@@ -252,7 +252,7 @@ def test_engine_arguments_are_those_of_the_installed_vllm() -> None:
     ):
         require_known({"enforce_eagr": True})
     servers = {"host", "port", "api_key"}
-    require_known(dict.fromkeys(OURS.keys() - servers))
+    require_known(dict.fromkeys(RESERVED.keys() - servers))
 
 
 def test_what_is_left_at_its_default_is_in_no_key() -> None:

@@ -80,7 +80,7 @@ for tied in (False, True):
     first = answers(engine)
     vllm_engine.probe_of = probe
     engine.update(after)
-    engine.begin()
+    engine.reset()
     found[f"differs {tied}"] = first != fresh
     found[f"same {tied}"] = answers(engine) == fresh
     engine.update(before)
@@ -122,14 +122,14 @@ from generation.weight_update import WeightUpdate, _poison
 class Mortal(WeightUpdate):
     """Its last rank ends, or stops, with half of an update done, where a file says so."""
 
-    def take_weights(self, policy):
+    def replace_weights(self, policy):
         mark = Path(os.environ["MARK"])
         if mark.exists() and self.rank == int(os.environ["LAST"]):
             number = signal.Signals[mark.read_text()]
             mark.unlink()
             _poison(self.get_model())
             os.kill(os.getpid(), number)
-        return super().take_weights(policy)
+        return super().replace_weights(policy)
 '''
 
 IN_TURN = (
@@ -147,7 +147,7 @@ mark = Path(sys.argv[4])
 
 def held(path):
     config = GenerationConfig(policy=path, prompts=path, output=folder / "out", k=2, max_new_tokens=20, **shape)
-    engine, start = run.hold_engine(config, settings, path.name)
+    engine, start = run.get_engine(config, settings, path.name)
     said = []
     for i in range(5):
         prompt = tuple(5 + (7 * i + j) % 30 for j in range(4 + 40 * i))
@@ -211,18 +211,18 @@ def test_engines_of_several_processes_take_two_policies_in_turn(
 class Engine(UpdatableEngine):
     """One that nobody can give other weights."""
 
-    dtype, longest = "float32", 256
+    dtype, max_length = "float32", 256
 
     def __init__(self) -> None:
         self.closed = self.broken = False
 
-    def ask(self, method: str, *arguments: str) -> list[Any]:
+    def call_workers(self, method: str, *arguments: str) -> list[Any]:
         return [{"lost": ["model.layers.0"], "digest": ""}]
 
-    def says(self, ids: list[int]) -> list[float]:
+    def sequence_logprobs(self, ids: list[int]) -> list[float]:
         raise AssertionError("its weights are not there")
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         if self.broken:
             raise RuntimeError("a worker has died")
 
@@ -240,7 +240,7 @@ def test_an_engine_that_fails_costs_a_start_and_a_damaged_checkpoint_is_refused(
     settings = EngineSettings((2,), 64, "float32", False, tmp_path / "log")
 
     def held(fingerprint: str) -> tuple[Any, str]:
-        return run.hold_engine(config, settings, fingerprint)
+        return run.get_engine(config, settings, fingerprint)
 
     first, start = held("1")
     assert start == "loaded"
@@ -266,10 +266,10 @@ def test_a_checkpoint_that_is_cut_off_is_refused(
     settings = EngineSettings((2,), 64, "float32", False, tmp_path / "log")
     torn = changed_policy()
     weights = torn / "model.safetensors"
-    run.hold_engine(GenerationConfig(policy=policy, prompts=policy, output=tmp_path), settings, "1")
+    run.get_engine(GenerationConfig(policy=policy, prompts=policy, output=tmp_path), settings, "1")
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        run.hold_engine(GenerationConfig(policy=torn, prompts=policy, output=tmp_path), settings, "2")
+        run.get_engine(GenerationConfig(policy=torn, prompts=policy, output=tmp_path), settings, "2")
 
 
 def test_what_stays_between_stages_is_no_part_of_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
