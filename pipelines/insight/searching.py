@@ -32,11 +32,11 @@ from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
 from pipelines.planning.search.finding import (
     CAUTIOUS,
     FOUND,
-    SearchAnswer,
+    SearchResult,
+    adopt,
     differences,
     plans_of,
     search_plan,
-    taking,
 )
 from pipelines.planning.search.plan_file import planned_section
 from pipelines.planning.search.plans import as_data
@@ -189,7 +189,7 @@ def searched(
     """
     answer = search_plan(setting, seed=seed, seconds=seconds)
     if take is not None:
-        answer = taking(answer, take)
+        answer = adopt(answer, take)
     section = planned_section(answer, setting, seed)
     best = min(answer.fixed.values(), key=lambda run: run.seconds, default=None)
     comparison = answer.comparison
@@ -223,7 +223,7 @@ def searched(
     return view, section
 
 
-def _row(name: str, run: ExpectedRun, answer: SearchAnswer) -> PlanRow:
+def _row(name: str, run: ExpectedRun, answer: SearchResult) -> PlanRow:
     return PlanRow(
         name=name,
         seconds=run.seconds,

@@ -27,14 +27,14 @@ from pipelines.planning.cluster import Cluster
 from pipelines.planning.estimates import memory
 from pipelines.planning.memory import Device
 from pipelines.planning.prediction import Prediction
-from pipelines.planning.search.adopting import RUN_ERROR, PlanComparison, compare, error_of, errors_of
+from pipelines.planning.search.comparing import SIMULATION_ERROR, PlanComparison, compare, error_of, layout_errors
 from pipelines.planning.search.evaluation import (
     ImpossiblePlanError,
     PlanTable,
     SearchedRun,
     evaluate,
 )
-from pipelines.planning.search.exploring import bound, explore
+from pipelines.planning.search.exploring import explore, lower_bound
 from pipelines.planning.search.finding import search_plan
 from pipelines.planning.search.layouts import BEYOND_LAYERS, NO_ROOM
 from pipelines.planning.search.plans import PlanChoice, jobs_section, section_of
@@ -180,8 +180,8 @@ def test_it_finds_what_looking_at_every_plan_finds(
     cost = table.cost(found.plan)
     assert cost is not None
     assert cost[0] == pytest.approx(least)
-    assert bound(table) <= least + 1e-6
-    proposed = evaluate(setting, section_of(found.plan, table.calls, 0))
+    assert lower_bound(table) <= least + 1e-6
+    proposed = evaluate(setting, section_of(found.plan, table.roles, 0))
     assert proposed.seconds == pytest.approx(least), "what it says is what the section says"
 
 
@@ -265,10 +265,10 @@ def test_of_a_schedulers_jobs_it_finds_what_trying_all_layouts_finds(
     cost = table.cost(found.plan)
     assert cost is not None
     assert cost[0] == pytest.approx(least)
-    assert bound(table) <= least + 1e-6
+    assert lower_bound(table) <= least + 1e-6
     assert not (detached and found.plan.streaming), "jobs that wait for the end of others"
     streaming = found.plan.streaming
-    proposed = evaluate(setting, jobs_section(found.plan, table.calls, setting.config.placement, streaming=streaming))
+    proposed = evaluate(setting, jobs_section(found.plan, table.roles, setting.config.placement, streaming=streaming))
     assert proposed.seconds == pytest.approx(least), "what it says is what the section says"
     assert proposed.memory <= 8 * GIB
 
@@ -283,7 +283,7 @@ def test_stages_of_this_machine_are_searched_beside_those_of_a_scheduler(shared_
         cluster_of=lambda config: Cluster(config.executor, config.placement, 2, 2, parallel=1),
     )
     table = PlanTable(setting)
-    assert {call.role for call in table.calls} == {"reward", "critic", "training"}
+    assert {role.name for role in table.roles} == {"reward", "critic", "training"}
     plans = {
         PlanChoice(True, (1, 1), places, tuple(option[0].layout for option in options))
         for places in ((0, 1, 1), (1, 0, 0))
@@ -292,7 +292,7 @@ def test_stages_of_this_machine_are_searched_beside_those_of_a_scheduler(shared_
     for plan in plans:
         cost = table.cost(plan)
         assert cost is not None
-        assert evaluate(setting, section_of(plan, table.calls, 0)).seconds == pytest.approx(cost[0])
+        assert evaluate(setting, section_of(plan, table.roles, 0)).seconds == pytest.approx(cost[0])
 
 
 def test_the_queue_of_every_job_and_of_those_that_finish_arrays_is_in_the_plan(shared_smallest: Path) -> None:
@@ -405,7 +405,7 @@ def test_what_stays_loaded_has_to_fit_together(shared_smallest: Path) -> None:
 
 def test_a_layout_is_proposed_only_if_the_model_can_take_it(tmp_path: Path) -> None:
     table = PlanTable(large(tmp_path, 16))
-    training = next(call for call in table.calls if call.role == "training")
+    training = next(role for role in table.roles if role.name == "training")
     layouts = [dict(option.layout) for option in table.options.of(training, 16, True)]
     assert any(layout.get("dp") == 16 for layout in layouts)
     assert all(8 % (layout.get("tp", 1) * layout.get("sp", 1)) == 0 for layout in layouts), "8 key-value heads"
@@ -456,10 +456,12 @@ def test_errors_that_both_plans_have_cancel_and_others_do_not(tmp_path: Path) ->
     runs = [evaluate(setting, section) for section in sections]
     same = compare(runs[0], runs[1])
     assert same.gain == 0, "the same by another name"
-    assert same.error == pytest.approx(math.sqrt(2) * RUN_ERROR * runs[0].seconds, rel=0.2), "nothing else is left"
+    assert same.error == pytest.approx(math.sqrt(2) * SIMULATION_ERROR * runs[0].seconds, rel=0.2), (
+        "nothing else is left"
+    )
     assert same.error < error_of(runs[0])
     assert compare(runs[0], runs[0]) == PlanComparison(0.0, 0.0, 0.0)
-    assert errors_of(runs[0]).keys() == errors_of(runs[1]).keys() != errors_of(runs[2]).keys()
+    assert layout_errors(runs[0]).keys() == layout_errors(runs[1]).keys() != layout_errors(runs[2]).keys()
     other = compare(runs[2], runs[0])
     assert other.error > same.error
     unseen = compare(evaluate(guessed, sections[2]), evaluate(guessed, sections[0]))

@@ -22,14 +22,14 @@ from pipelines.planning.prediction import Prediction, Predictor
 from pipelines.planning.preflight import device_mistakes, layout_requirements
 from pipelines.planning.scheduling import Streams, start_order, streams
 from pipelines.planning.search.layouts import (
-    Option,
-    Options,
+    LayoutOption,
+    LayoutOptions,
     RoleStages,
-    calls_of,
-    calls_on_scheduler,
+    local_roles,
     needed_memory,
+    scheduler_roles,
 )
-from pipelines.planning.search.plans import WHOLE, PlanChoice, offsets
+from pipelines.planning.search.plans import WHOLE, PlanChoice, pool_devices
 from pipelines.planning.simulation import (
     DriverCosts,
     ScheduleConditions,
@@ -101,7 +101,7 @@ class SearchedRun:
             for name in names
         }
 
-    def beside(self, *, streaming: bool) -> Mapping[str, set[str]]:
+    def concurrent_stages(self, *, streaming: bool) -> Mapping[str, set[str]]:
         """By stage, the stages that can run at the same time: independent ones, and with streaming also its
         followers."""
         return self._following if streaming else self._unrelated
@@ -226,13 +226,13 @@ def evaluate(setting: SearchedRun, section: PlacementSection) -> ExpectedRun:
                 f"{name} needs {format_bytes(needed)} of {format_bytes(room)} on {setting.device.name}."
             )
     order = start_order(graph, config)
-    most = most_together(order, sizes, setting.beside(streaming=section.streaming), cluster, room_of_all)
+    most = peak_memory(order, sizes, setting.concurrent_stages(streaming=section.streaming), cluster, room_of_all)
     if most > room_of_all and not setting.is_jobs:
         raise ImpossiblePlanError(
             f"stages that may run at the same time need {format_bytes(most)} together of "
             f"{format_bytes(setting.device.bytes)} on {setting.device.name}."
         )
-    if section.strategy == "colocated" and (kept := kept_loaded(order, sizes)) > setting.device.bytes:
+    if section.strategy == "colocated" and (kept := resident_memory(order, sizes)) > setting.device.bytes:
         raise ImpossiblePlanError(
             f"what stays loaded needs {format_bytes(kept)} together of {format_bytes(setting.device.bytes)} on "
             f"{setting.device.name}."
@@ -256,10 +256,10 @@ def shape_of(node: Node) -> str:
     return f"{node.role}: {layout.shown or layout.processes} {own}"
 
 
-def most_together(
+def peak_memory(
     order: Iterable[Node],
     sizes: Mapping[str, int],
-    beside: Mapping[str, set[str]],
+    concurrent: Mapping[str, set[str]],
     cluster: Cluster,
     room: int,
 ) -> int:
@@ -270,7 +270,7 @@ def most_together(
     share an exclusive device.
 
     Args:
-        beside: by stage those that can run at the same time (`SearchedRun.beside`).
+        concurrent: by stage, the stages that can run at the same time (`SearchedRun.concurrent_stages`).
     """
     if cluster.gpus and (cluster.is_divided or cluster.parallel == 1):
         return max(sizes.values(), default=0)
@@ -289,7 +289,7 @@ def most_together(
 
     def go_together(one: str, other: str) -> bool:
         mine, theirs = places[one], places[other]
-        if other not in beside[one] or mine is None or theirs is None:
+        if other not in concurrent[one] or mine is None or theirs is None:
             return False
         return not (mine.exclusive and theirs.exclusive and mine.devices and mine.bits & theirs.bits)
 
@@ -310,7 +310,7 @@ def most_together(
     return best
 
 
-def kept_loaded(order: Iterable[Node], sizes: Mapping[str, int]) -> int:
+def resident_memory(order: Iterable[Node], sizes: Mapping[str, int]) -> int:
     """Bytes of everything that processes keep loaded, plus those of the largest stage that keeps nothing."""
     kept: dict[str, int] = {}
     largest = 0
@@ -326,7 +326,7 @@ class PlanTable:
     """Evaluates plans quickly, many per second."""
 
     def __init__(
-        self, setting: SearchedRun, options: Options | None = None, shapes: Collection[str] | None = None
+        self, setting: SearchedRun, options: LayoutOptions | None = None, shapes: Collection[str] | None = None
     ) -> None:
         """Prepare the table for a run.
 
@@ -337,7 +337,7 @@ class PlanTable:
         """
         self.setting = setting
         self._shapes = shapes
-        self._seen: dict[tuple[str, int, bool], list[Option]] = {}
+        self._seen: dict[tuple[str, int, bool], list[LayoutOption]] = {}
         self._clusters = {
             divided: setting.cluster_of(
                 setting.config
@@ -351,16 +351,16 @@ class PlanTable:
         """Devices of this machine that plans divide; 0 if all stages are a scheduler's jobs."""
         self.on_gpu = setting.on_gpu
         if setting.is_jobs:
-            self.calls = calls_on_scheduler(setting.graph, place(setting.graph, whole), whole)
+            self.roles = scheduler_roles(setting.graph, place(setting.graph, whole), whole)
         else:
-            self.calls = calls_of(setting.graph, whole)
-        self.options = options or Options(
+            self.roles = local_roles(setting.graph, whole)
+        self.options = options or LayoutOptions(
             setting.graph, whole, self._clusters[True], setting.device, setting.predictor, on_gpu=self.on_gpu
         )
         self.evaluated = 0
         self.out_of_room = 0
         """Number of plans whose stages fit into memory one by one, but not together."""
-        roles = {call.role for call in self.calls}
+        roles = {role.name for role in self.roles}
         self._order = [node.name for node in start_order(setting.graph, setting.config)]
         self._others: dict[bool, dict[str, Node]] = {}
         self.fixed: dict[str, Prediction] = {}
@@ -397,49 +397,49 @@ class PlanTable:
     def devices_of(self, plan: PlanChoice) -> list[tuple[int, ...]]:
         """The devices that a plan gives each role."""
         if self.setting.is_jobs:
-            return [tuple(range(call.asked or 0)) for call in self.calls]
+            return [tuple(range(role.requested or 0)) for role in self.roles]
         everything = tuple(range(self.devices))
         if not plan.divided:
-            return [everything] * len(self.calls)
-        pools = offsets(plan.pools)
+            return [everything] * len(self.roles)
+        pools = pool_devices(plan.pools)
         found = [everything if place == WHOLE else pools[place] for place in plan.places]
         open_ = frozenset(
-            call.role
-            for call, place in zip(self.calls, plan.places, strict=True)
-            if place == WHOLE and call.workload == "scoring"
+            role.name
+            for role, place in zip(self.roles, plan.places, strict=True)
+            if place == WHOLE and role.workload == "scoring"
         )
         if open_:
             parts = self._parts_of(open_)
-            found = [parts.get(call.role, had) for call, had in zip(self.calls, found, strict=True)]
+            found = [parts.get(role.name, had) for role, had in zip(self.roles, found, strict=True)]
         return found
 
     def _parts_of(self, roles: frozenset[str]) -> dict[str, tuple[int, ...]]:
         """The parts of the machine for scorers in no pool."""
         if roles not in self._parts:
             data: dict[str, Any] = {"strategy": "interleaving"}
-            rest = [call.role for call in self.calls if call.workload == "scoring" and call.role not in roles]
+            rest = [role.name for role in self.roles if role.workload == "scoring" and role.name not in roles]
             if rest:  # put the other scorers into a pool, so that they take no part
                 data |= {"pools": {"x": {"devices": self.devices}}, "stages": {role: {"pool": "x"} for role in rest}}
             section = PlacementSection.model_validate(data)
             cluster = replace(self._clusters[True], placement=section)
             given = placements(self.setting.graph, cluster)
             self._parts[roles] = {
-                call.role: given[call.nodes[0].name].devices for call in self.calls if call.role in roles
+                role.name: given[role.nodes[0].name].devices for role in self.roles if role.name in roles
             }
         return self._parts[roles]
 
-    def options_of(self, plan: PlanChoice) -> list[list[Option]]:
+    def options_of(self, plan: PlanChoice) -> list[list[LayoutOption]]:
         """The layout options of each role on its devices."""
         given = self.devices_of(plan)
         return [
-            self._options(call, len(devices), plan.divided) for call, devices in zip(self.calls, given, strict=True)
+            self._options(role, len(devices), plan.divided) for role, devices in zip(self.roles, given, strict=True)
         ]
 
-    def _options(self, call: RoleStages, devices: int, exclusive: bool) -> list[Option]:
-        found = self.options.of(call, devices, exclusive)
+    def _options(self, role: RoleStages, devices: int, exclusive: bool) -> list[LayoutOption]:
+        found = self.options.of(role, devices, exclusive)
         if self._shapes is None:
             return found
-        key = (call.role, devices, exclusive)
+        key = (role.name, devices, exclusive)
         if key not in self._seen:
             self._seen[key] = [
                 option
@@ -463,12 +463,12 @@ class PlanTable:
         nodes = dict(self._others[plan.divided])
         predictions = dict(self.fixed)
         sizes = dict(self._sizes)
-        for number, (call, devices) in enumerate(zip(self.calls, given, strict=True)):
-            options = self._options(call, len(devices), plan.divided)
+        for number, (role, devices) in enumerate(zip(self.roles, given, strict=True)):
+            options = self._options(role, len(devices), plan.divided)
             option = next((one for one in options if one.layout == plan.layouts[number]), None)
             if option is None:
                 return None
-            if call.asked is not None:
+            if role.requested is not None:
                 for node, prediction in zip(option.nodes, option.predictions, strict=True):
                     nodes[node.name], predictions[node.name] = node, prediction
                 continue
@@ -483,8 +483,8 @@ class PlanTable:
                 nodes[node.name], predictions[node.name], sizes[node.name] = placed, prediction, option.memory
         order = [nodes[name] for name in self._order]
         room = self.setting.device.bytes
-        beside = self.setting.beside(streaming=plan.streaming)
-        if not self.setting.is_jobs and most_together(order, sizes, beside, cluster, room) > room:
+        concurrent = self.setting.concurrent_stages(streaming=plan.streaming)
+        if not self.setting.is_jobs and peak_memory(order, sizes, concurrent, cluster, room) > room:
             self.out_of_room += 1
             return None
         shared = contention(order, cluster, self.setting.threads)

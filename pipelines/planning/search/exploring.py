@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pipelines.planning.scheduling import shortest_time
 from pipelines.planning.search.evaluation import PlanTable
 from pipelines.planning.search.layouts import Layout
-from pipelines.planning.search.plans import MOST_POOLS, WHOLE, PlanChoice, divisions
+from pipelines.planning.search.plans import MAX_POOLS, WHOLE, PlanChoice, pool_divisions
 
-FEW_PLANS = 2000
+EXHAUSTIVE_LIMIT = 2000
 """Up to this many plans are all evaluated."""
 CHAINS = 6
 STEPS = 100
@@ -24,9 +24,9 @@ STEPS = 100
 HOT, COLD = 0.05, 0.002
 """Relative increase of the time that is accepted with probability 1/e, in the first step of a chain and in the last
 one."""
-STREAMED = 50
+MAX_STREAMED = 50
 """Number of the best simple plans that are also evaluated with streaming."""
-TRIED = 4
+MAX_TRIED = 4
 """Number of layouts of a role that hill climbing tries in another place."""
 
 
@@ -44,7 +44,7 @@ class BestPlan:
     """Whether it ended before the time limit."""
 
 
-def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: int = FEW_PLANS) -> BestPlan:
+def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: int = EXHAUSTIVE_LIMIT) -> BestPlan:
     """Find the fastest plan.
 
     Args:
@@ -54,15 +54,15 @@ def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: 
     """
     began = time.monotonic()
     search = _Search(table, random.Random(seed), began + seconds)
-    space = search.look_at_all(few)
+    space = search.evaluate_all(few)
     if space is None:
-        search.look_at_starts()
+        search.evaluate_starts()
         search.run_chains()
         search.climb()
     return BestPlan(search.best, space, table.evaluated, time.monotonic() - began, search.in_time)
 
 
-def shapes(table: PlanTable) -> Iterator[PlanChoice]:
+def open_plans(table: PlanTable) -> Iterator[PlanChoice]:
     """All combinations of pools and places, with and without streaming; layouts are left open."""
     for plan in _places(table):
         yield plan
@@ -71,14 +71,14 @@ def shapes(table: PlanTable) -> Iterator[PlanChoice]:
 
 
 def _places(table: PlanTable) -> Iterator[PlanChoice]:
-    count = len(table.calls)
+    count = len(table.roles)
     nothing: tuple[Layout, ...] = ((),) * count
     yield PlanChoice(False, (), (WHOLE,) * count, nothing)
     if not table.devices:  # a scheduler's jobs have the devices that they request
         return
     yield PlanChoice(True, (), (WHOLE,) * count, nothing)
-    for number in range(1, min(MOST_POOLS, table.devices, count) + 1):
-        for pools in divisions(table.devices, number):
+    for number in range(1, min(MAX_POOLS, table.devices, count) + 1):
+        for pools in pool_divisions(table.devices, number):
             for places in itertools.product(range(WHOLE, number), repeat=count):
                 if set(range(number)) <= set(places):
                     yield PlanChoice(True, pools, places, nothing)
@@ -93,25 +93,25 @@ class _Search:
         self._chance = chance
         self._deadline = deadline
 
-    def look_at_all(self, few: int) -> int | None:
+    def evaluate_all(self, few: int) -> int | None:
         """Evaluate every plan if there are at most `few`. Returns their number; None, without evaluating any, if there
         are more."""
-        all_shapes = list(itertools.islice(shapes(self.table), few + 1))
-        if len(all_shapes) > few:
+        plans = list(itertools.islice(open_plans(self.table), few + 1))
+        if len(plans) > few:
             return None
         count, found = 0, []
-        for shape in all_shapes:
-            options = self.table.options_of(shape)
+        for open_plan in plans:
+            options = self.table.options_of(open_plan)
             count += math.prod(len(one) for one in options)
             if count > few:
                 return None
-            found.append((shape, options))
-        for shape, options in found:
+            found.append((open_plan, options))
+        for open_plan, options in found:
             for chosen in itertools.product(*options):
-                self.note(replace(shape, layouts=tuple(option.layout for option in chosen)))
+                self.evaluate(replace(open_plan, layouts=tuple(option.layout for option in chosen)))
         return count
 
-    def note(self, plan: PlanChoice) -> tuple[float, ...] | None:
+    def evaluate(self, plan: PlanChoice) -> tuple[float, ...] | None:
         """Evaluate a plan, and keep it if it is the best so far."""
         cost = self.table.cost(plan)
         if cost is not None and (cost < self._least or (cost == self._least and self._before(plan))):
@@ -136,49 +136,49 @@ class _Search:
             return None
         return replace(plan, layouts=tuple(one[0].layout for one in options))
 
-    def look_at_starts(self) -> None:
+    def evaluate_starts(self) -> None:
         """Evaluate the plain strategies, and every division of the devices by kinds of stages, as starts of chains."""
         self.starts: list[tuple[tuple[float, ...], PlanChoice]] = []
-        for shape in self._simple():
+        for open_plan in self._simple():
             if self.is_over() and self.best is not None:
                 break
-            for plan in dict.fromkeys([shape, self.fastest(shape)]):
-                if plan is not None and (cost := self.note(plan)) is not None:
+            for plan in dict.fromkeys([open_plan, self.fastest(open_plan)]):
+                if plan is not None and (cost := self.evaluate(plan)) is not None:
                     self.starts.append((cost, plan))
         self.starts.sort(key=lambda start: (start[0], repr(start[1])))
-        for _, plan in self.starts[:STREAMED]:
-            if self.table.can_stream(plan) and (cost := self.note(replace(plan, streaming=True))) is not None:
+        for _, plan in self.starts[:MAX_STREAMED]:
+            if self.table.can_stream(plan) and (cost := self.evaluate(replace(plan, streaming=True))) is not None:
                 self.starts.append((cost, replace(plan, streaming=True)))
         self.starts.sort(key=lambda start: (start[0], repr(start[1])))
 
     def _simple(self) -> Iterator[PlanChoice]:
         table = self.table
-        count = len(table.calls)
+        count = len(table.roles)
         nothing: tuple[Layout, ...] = ((),) * count
         whole = (WHOLE,) * count
         yield PlanChoice(False, (), whole, nothing)
         if not table.devices:
             return
         yield PlanChoice(True, (), whole, nothing)
-        kinds = [call.workload for call in table.calls]
+        kinds = [role.workload for role in table.roles]
         scorers = [number for number, kind in enumerate(kinds) if kind == "scoring"]
-        for pools in divisions(table.devices, 2):
+        for pools in pool_divisions(table.devices, 2):
             for first in (0, 1):
                 places = tuple(1 - first if kind == "training" else first for kind in kinds)
                 yield PlanChoice(True, pools, places, nothing)
-        for pools in divisions(table.devices, 3) if scorers else ():
+        for pools in pool_divisions(table.devices, 3) if scorers else ():
             for order in itertools.permutations(range(3)):
                 of = dict(zip(("generation", "scoring", "training"), order, strict=True))
                 if set(kinds) == set(of):
                     yield PlanChoice(True, pools, tuple(of[kind] for kind in kinds), nothing)
-        for number in range(2, min(len(scorers), MOST_POOLS, table.devices) + 1):
+        for number in range(2, min(len(scorers), MAX_POOLS, table.devices) + 1):
             turns = {role: turn % number for turn, role in enumerate(scorers)}
-            for pools in divisions(table.devices, number):
+            for pools in pool_divisions(table.devices, number):
                 yield PlanChoice(True, pools, tuple(turns.get(role, WHOLE) for role in range(count)), nothing)
 
     def run_chains(self) -> None:
         """Run Markov chains from the best starts, with falling temperature."""
-        steps = STEPS * max(1, len(self.table.calls))
+        steps = STEPS * max(1, len(self.table.roles))
         starts = [plan for _, plan in self.starts]
         firsts = list({(plan.divided, plan.pools): plan for plan in reversed(starts)}.values())[::-1][:CHAINS]
         for start in firsts:
@@ -188,7 +188,7 @@ class _Search:
                 if self.is_over():
                     return
                 proposed = self._changed(now)
-                if proposed is None or proposed == now or (other := self.note(proposed)) is None:
+                if proposed is None or proposed == now or (other := self.evaluate(proposed)) is None:
                     continue
                 heat = HOT * (COLD / HOT) ** (step / steps) * max(self._least[0], 1e-9)
                 if other[0] <= cost[0] or self._chance.random() < math.exp((cost[0] - other[0]) / heat):
@@ -196,7 +196,7 @@ class _Search:
 
     def _changed(self, plan: PlanChoice) -> PlanChoice | None:
         """A random neighbour of a plan; None if the change is not possible."""
-        chance, count = self._chance, len(self.table.calls)
+        chance, count = self._chance, len(self.table.roles)
         streams = self.table.can_stream(plan)
         change = chance.randrange(6 + streams)
         if not plan.divided:
@@ -217,7 +217,7 @@ class _Search:
             pools[giver] -= step
             pools[taker] += step
         elif change == 3:  # split a pool
-            if len(pools) >= min(MOST_POOLS, self.table.devices, count):
+            if len(pools) >= min(MAX_POOLS, self.table.devices, count):
                 return None
             if not pools:
                 pools = [self.table.devices]
@@ -243,9 +243,9 @@ class _Search:
             places[one], places[other] = places[other], places[one]
         else:
             return replace(plan, streaming=not plan.streaming)
-        return self._whole_of(replace(plan, divided=True, pools=tuple(pools), places=tuple(places)))
+        return self._normalized(replace(plan, divided=True, pools=tuple(pools), places=tuple(places)))
 
-    def _whole_of(self, plan: PlanChoice) -> PlanChoice | None:
+    def _normalized(self, plan: PlanChoice) -> PlanChoice | None:
         """Normalize a plan: pools sorted by size, none empty, and a possible layout for each role; None if a role has
         none."""
         sizes = {pool: plan.pools[pool] for pool in set(plan.places) - {WHOLE}}
@@ -283,12 +283,12 @@ class _Search:
             for plan in self._neighbours(before):
                 if self.is_over():
                     return
-                self.note(plan)
+                self.evaluate(plan)
 
     def _neighbours(self, plan: PlanChoice) -> Iterator[PlanChoice]:
         if self.table.can_stream(plan):
             yield replace(plan, streaming=not plan.streaming)
-        for number in range(len(self.table.calls)):
+        for number in range(len(self.table.roles)):
             for place in range(WHOLE, len(plan.pools)) if plan.divided else (WHOLE,):
                 places = (*plan.places[:number], place, *plan.places[number + 1 :])
                 moved = replace(plan, places=places)
@@ -301,7 +301,7 @@ class _Search:
                     had if any(option.layout == had for option in there) else there[0].layout
                     for had, there in zip(plan.layouts, options, strict=True)
                 ]
-                for option in options[number][:TRIED] if place != plan.places[number] else options[number]:
+                for option in options[number][:MAX_TRIED] if place != plan.places[number] else options[number]:
                     yield replace(moved, layouts=(*fitting[:number], option.layout, *fitting[number + 1 :]))
         for giver, taker in itertools.permutations(range(len(plan.pools)), 2):
             step = 1
@@ -309,21 +309,21 @@ class _Search:
                 pools = list(plan.pools)
                 pools[giver] -= step
                 pools[taker] += step
-                resized = self._whole_of(replace(plan, pools=tuple(pools)))
+                resized = self._normalized(replace(plan, pools=tuple(pools)))
                 if resized is not None and (best := self.fastest(resized)) is not None:
                     yield best
                 step *= 2
 
 
-def bound(table: PlanTable) -> float:
+def lower_bound(table: PlanTable) -> float:
     """A lower bound in seconds of all plans: the critical path with each stage in its fastest layout."""
     seconds: dict[str, float] = {}
     for name, prediction in table.fixed.items():
         seconds[name] = prediction.seconds
-    for call in table.calls:
-        devices = table.devices if call.asked is None else call.asked
-        options = [option for exclusive in (False, True) for option in table.options.of(call, devices, exclusive)]
-        for number, node in enumerate(call.nodes):
+    for role in table.roles:
+        devices = table.devices if role.requested is None else role.requested
+        options = [option for exclusive in (False, True) for option in table.options.of(role, devices, exclusive)]
+        for number, node in enumerate(role.nodes):
             seconds[node.name] = min((option.predictions[number].seconds for option in options), default=0.0)
     nodes = [replace(node, placement=None) for node in table.setting.graph.nodes.values()]
     return shortest_time(nodes, seconds, table.streams)

@@ -10,7 +10,7 @@ from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import STRATEGIES
 from pipelines.graph import Node
 from pipelines.iteration import build_graph
-from pipelines.planning.search.adopting import SURE, PlanComparison, compare, error_of
+from pipelines.planning.search.comparing import CONFIDENCE, PlanComparison, compare, error_of
 from pipelines.planning.search.evaluation import (
     ExpectedRun,
     ImpossiblePlanError,
@@ -19,7 +19,7 @@ from pipelines.planning.search.evaluation import (
     UnknownCostError,
     evaluate,
 )
-from pipelines.planning.search.exploring import BestPlan, bound, explore
+from pipelines.planning.search.exploring import BestPlan, explore, lower_bound
 from pipelines.planning.search.plans import fixed_section, jobs_section, section_of
 from pipelines.text import format_duration, plural
 
@@ -34,7 +34,7 @@ HORIZON = 2
 
 
 @dataclass(frozen=True)
-class SearchAnswer:
+class SearchResult:
     """The result of a search."""
 
     fixed: Mapping[str, ExpectedRun]
@@ -66,7 +66,7 @@ class SearchAnswer:
     """Roles whose memory is not known, which keep the config's layout."""
 
 
-def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.inf) -> SearchAnswer:
+def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.inf) -> SearchResult:
     """Find the fastest plan of a run, and decide whether to adopt it instead of a fixed strategy.
 
     Args:
@@ -94,11 +94,11 @@ def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.in
     plans = plans_of(fixed, found, cautious)
     errors = {name: error_of(run, seed=seed) for name, run in plans.items()}
     own = AS_WRITTEN if AS_WRITTEN in fixed else str(setting.config.placement.strategy)
-    beside = compare(fixed[best], fixed[own], seed=seed) if best is not None and own in fixed else None
-    name, reason = _choice(best, comparison, careful, own, beside)
+    over_own = compare(fixed[best], fixed[own], seed=seed) if best is not None and own in fixed else None
+    name, reason = _choice(best, comparison, careful, own, over_own)
     left_out: Counter[str] = sum(table.options.left_out.values(), Counter())
     cost = table.cost(finding.plan) if finding.plan is not None else None
-    return SearchAnswer(
+    return SearchResult(
         fixed=fixed,
         impossible=impossible,
         found=found,
@@ -109,7 +109,7 @@ def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.in
         name=name,
         reason=reason,
         finding=finding,
-        bound=bound(table),
+        bound=lower_bound(table),
         searched_seconds=cost[0] if cost is not None else None,
         left_out=dict(left_out.most_common()),
         out_of_room=table.out_of_room,
@@ -123,9 +123,9 @@ def _evaluated(setting: SearchedRun, table: PlanTable, finding: BestPlan) -> Exp
         return None
     plan = finding.plan
     if setting.is_jobs:
-        section = jobs_section(plan, table.calls, setting.config.placement, streaming=plan.streaming)
+        section = jobs_section(plan, table.roles, setting.config.placement, streaming=plan.streaming)
     else:
-        section = section_of(plan, table.calls, setting.graph.lag)
+        section = section_of(plan, table.roles, setting.graph.lag)
     return evaluate(setting, section)
 
 
@@ -137,20 +137,20 @@ def plans_of(
     return {**fixed, **{name: run for name, run in searched.items() if run is not None}}
 
 
-def taking(answer: SearchAnswer, name: str) -> SearchAnswer:
+def adopt(result: SearchResult, name: str) -> SearchResult:
     """Adopt the plan of this name, regardless of the search's decision.
 
     Raises:
         UserError: there is no possible plan of this name.
     """
-    plans = plans_of(answer.fixed, answer.found, answer.cautious)
+    plans = plans_of(result.fixed, result.found, result.cautious)
     if name not in plans:
-        why = f": {answer.impossible[name]}" if name in answer.impossible else ""
+        why = f": {result.impossible[name]}" if name in result.impossible else ""
         raise UserError(f"--take is {name}, which is no plan that can be{why}. Known: {', '.join(plans)}.")
-    if name == answer.name:
-        return answer
-    reason = f"it was asked for; the search would take {answer.name}: {answer.reason}"
-    return replace(answer, adopted=plans[name], name=name, reason=reason)
+    if name == result.name:
+        return result
+    reason = f"it was asked for; the search would take {result.name}: {result.reason}"
+    return replace(result, adopted=plans[name], name=name, reason=reason)
 
 
 def _require_pools_of_this_machine(setting: SearchedRun) -> None:
@@ -193,12 +193,12 @@ def _searched(setting: SearchedRun) -> SearchedRun:
 def _require_known(table: PlanTable) -> None:
     """Raise UserError if stages have no prediction in any layout."""
     missing = list(table.unknown)
-    for call in table.calls:
-        devices = table.devices if call.asked is None else call.asked
-        everywhere = [table.options.of(call, devices, exclusive) for exclusive in (False, True)]
-        alone = table.options.of(call, 1, True) if call.asked is None else []
-        if not any(everywhere) and not alone and table.options.without_cost(call):
-            missing.append(call.nodes[-1].name)
+    for role in table.roles:
+        devices = table.devices if role.requested is None else role.requested
+        everywhere = [table.options.of(role, devices, exclusive) for exclusive in (False, True)]
+        alone = table.options.of(role, 1, True) if role.requested is None else []
+        if not any(everywhere) and not alone and table.options.without_cost(role):
+            missing.append(role.nodes[-1].name)
     if missing:
         raise UserError(
             f"plans cannot be compared: {UnknownCostError(missing)} A stage of unknown cost is not counted as "
@@ -211,7 +211,7 @@ def _choice(
     comparison: PlanComparison | None,
     careful: PlanComparison | None,
     own: str,
-    beside: PlanComparison | None,
+    over_own: PlanComparison | None,
 ) -> tuple[str, str]:
     """The name of the plan to adopt, and the reason.
 
@@ -220,7 +220,7 @@ def _choice(
         comparison: the found plan compared with it.
         careful: the cautious plan compared with it.
         own: the config's own plan.
-        beside: the fastest strategy compared with the config's own plan, if that is possible.
+        over_own: the fastest strategy compared with the config's own plan, if that is possible.
     """
     if best is None:
         return FOUND, "none of the fixed strategies is possible"
@@ -234,10 +234,10 @@ def _choice(
         reason = f"the found plan {_doubted(comparison, best)}"
     if careful is not None and careful.is_sure:
         return CAUTIOUS, f"{_less(careful, best)}, and is the faster one {_draws_won(careful)}; {reason}"
-    if beside is None or best == own or beside.is_sure:
+    if over_own is None or best == own or over_own.is_sure:
         return best, reason
-    if beside.gain > 0:
-        reason += f"; {best} {_doubted(beside, own)}"
+    if over_own.gain > 0:
+        reason += f"; {best} {_doubted(over_own, own)}"
     return own, reason
 
 
@@ -250,7 +250,7 @@ def _doubted(comparison: PlanComparison, than: str) -> str:
     gain, error = format_duration(comparison.gain), format_duration(comparison.error)
     return (
         f"is expected to take {gain} less than {than}, but the predictions may be wrong by ± {error}: it is the faster "
-        f"one {_draws_won(comparison)}, and {SURE:.0%} are asked for"
+        f"one {_draws_won(comparison)}, and {CONFIDENCE:.0%} are asked for"
     )
 
 
@@ -263,7 +263,7 @@ def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
     rows = []
     if adopted.section.streaming != other.section.streaming:
         rows.append(f"streaming: {_on(adopted.section.streaming)} instead of {_on(other.section.streaming)}")
-    before, after = where(other), where(adopted)
+    before, after = role_placements(other), role_placements(adopted)
     for role, now in after.items():
         if before.get(role) != now:
             rows.append(f"{role}: {now} instead of {before.get(role)}")
@@ -274,7 +274,7 @@ def _on(streaming: bool) -> str:
     return "scorers start on finished shards" if streaming else "scorers wait for the whole generation"
 
 
-def where(run: ExpectedRun) -> dict[str, str]:
+def role_placements(run: ExpectedRun) -> dict[str, str]:
     """By role with devices, where its stages run, and in which layout."""
     found = {}
     for node in run.simulation.order:

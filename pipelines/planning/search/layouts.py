@@ -21,9 +21,9 @@ from pipelines.planning.preflight import layout_requirements, origin_of
 Layout: TypeAlias = tuple[tuple[str, Any], ...]
 """The sizes of a layout as sorted (key, size) pairs; empty: those of the stage's own section, adapted to its
 devices."""
-MOST = 8
+MAX_LAYOUTS = 8
 """Maximum number of layouts of a stage that are kept for a number of devices, the fastest ones."""
-FEW = 16
+FEW_DEVICES = 16
 """Up to this many devices, all their divisors are tried as numbers of processes."""
 MICRO_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of the micro-batch that are tried, relative to the config's."""
@@ -38,7 +38,7 @@ BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
 
 
 @dataclass(frozen=True)
-class Option:
+class LayoutOption:
     """One layout of a role's stages on a number of devices."""
 
     layout: Layout
@@ -59,10 +59,10 @@ class Option:
 class RoleStages:
     """The stages of one role, which have the same devices and layout in a plan."""
 
-    role: str
+    name: str
     nodes: tuple[Node, ...]
     """The stages; not placed, unless they are a scheduler's jobs, whose placement plans do not change."""
-    asked: int | None = None
+    requested: int | None = None
     """Devices that its jobs request from a scheduler; None: plans assign devices of this machine."""
 
     @property
@@ -71,12 +71,12 @@ class RoleStages:
         return self.nodes[0].workload
 
 
-def calls_of(graph: Graph, cluster: Cluster) -> list[RoleStages]:
+def local_roles(graph: Graph, cluster: Cluster) -> list[RoleStages]:
     """The roles whose stages run on this machine, so that plans assign their devices."""
     return [RoleStages(role, nodes) for role, nodes in _by_role(graph, cluster, here=True).items()]
 
 
-def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[RoleStages]:
+def scheduler_roles(graph: Graph, placed: Graph, cluster: Cluster) -> list[RoleStages]:
     """The roles whose stages are a scheduler's jobs.
 
     Args:
@@ -86,7 +86,7 @@ def calls_on_scheduler(graph: Graph, placed: Graph, cluster: Cluster) -> list[Ro
     found = []
     for role, nodes in _by_role(graph, cluster, here=False).items():
         there = tuple(replace(node, placement=placed.nodes[node.name].placement) for node in nodes)
-        found.append(RoleStages(role, there, asked=cluster.requested_devices(placed.nodes[nodes[-1].name])))
+        found.append(RoleStages(role, there, requested=cluster.requested_devices(placed.nodes[nodes[-1].name])))
     return found
 
 
@@ -98,7 +98,7 @@ def _by_role(graph: Graph, cluster: Cluster, *, here: bool) -> dict[str, tuple[N
     return {role: tuple(nodes) for role, nodes in found.items()}
 
 
-class Options:
+class LayoutOptions:
     """Finds and caches the layout options of every role."""
 
     def __init__(
@@ -116,8 +116,8 @@ class Options:
         self._on_gpu = on_gpu
         self._device = device
         self._predictor = predictor
-        self._found: dict[tuple[str, int, bool], list[Option]] = {}
-        self._exact: dict[tuple[str, int], list[Option]] = {}
+        self._found: dict[tuple[str, int, bool], list[LayoutOption]] = {}
+        self._exact: dict[tuple[str, int], list[LayoutOption]] = {}
         self._usable: dict[tuple[str, int, int, int], bool] = {}
         self._labels = {name: node.stage.label(node.config) for name, node in graph.nodes.items()}
         self._others: dict[tuple[str, str], Graph] = {}
@@ -129,73 +129,73 @@ class Options:
         self.memory_unknown: set[str] = set()
         """Roles whose memory is not known, for which only the config's layout is considered."""
 
-    def of(self, call: RoleStages, devices: int, exclusive: bool) -> list[Option]:
+    def of(self, role: RoleStages, devices: int, exclusive: bool) -> list[LayoutOption]:
         """The layout options of a role on a number of devices, the fastest first.
 
         Args:
             exclusive: whether it has them exclusively; otherwise they are all devices, shared by as many stages at once
                 as the cluster allows.
         """
-        key = (call.role, devices, exclusive and call.asked is None)
-        if key not in self._found and call.asked is not None:
-            self._found[key] = self._of_jobs(call, devices)
+        key = (role.name, devices, exclusive and role.requested is None)
+        if key not in self._found and role.requested is not None:
+            self._found[key] = self._of_jobs(role, devices)
         if key not in self._found:
-            given = self._given(call, devices, exclusive)
-            found = [*filter(None, [self._as_written(call, given, devices)])]
+            given = self._given(role, devices, exclusive)
+            found = [*filter(None, [self._as_written(role, given, devices)])]
             if self._on_gpu:  # a stage may use fewer GPUs than it is given
-                found += [option for used in counts(devices) for option in self._exactly(call, used)]
+                found += [option for used in process_counts(devices) for option in self._exactly(role, used)]
             else:
-                found += self._options(call, given, devices)
+                found += self._options(role, given, devices)
             self._found[key] = _best(found)
         return self._found[key]
 
-    def _of_jobs(self, call: RoleStages, devices: int) -> list[Option]:
+    def _of_jobs(self, role: RoleStages, devices: int) -> list[LayoutOption]:
         """The layout options of a scheduler's jobs. The requested resources stay as written, because queue times for
         others are not known; only the layouts of trainings vary, since an array has one copy per task."""
-        given = call.nodes[-1].placement
+        given = role.nodes[-1].placement
         assert given is not None
-        written = self._as_written(call, given, devices)
+        written = self._as_written(role, given, devices)
         found = [] if written is None else [written]
         if self._device.bytes == 0 and written is not None:
-            self._rooms[call.role] = written.memory
-        if call.workload == "training" and (self._device.bytes or written is not None):
-            for used in counts(devices) if self._on_gpu else [devices]:
-                found += self._options(call, given, used)
+            self._rooms[role.name] = written.memory
+        if role.workload == "training" and (self._device.bytes or written is not None):
+            for used in process_counts(devices) if self._on_gpu else [devices]:
+                found += self._options(role, given, used)
         return _best(found)
 
-    def _exactly(self, call: RoleStages, used: int) -> list[Option]:
+    def _exactly(self, role: RoleStages, used: int) -> list[LayoutOption]:
         """The layout options that use exactly this many GPUs."""
-        if (call.role, used) not in self._exact:
-            self._exact[call.role, used] = self._options(call, self._given(call, used, True), used)
-        return self._exact[call.role, used]
+        if (role.name, used) not in self._exact:
+            self._exact[role.name, used] = self._options(role, self._given(role, used, True), used)
+        return self._exact[role.name, used]
 
-    def _as_written(self, call: RoleStages, given: Placement, devices: int) -> Option | None:
-        node = self._placed(call, (), given)
-        found = self._option(call, (), node, devices) if node is not None else None
-        return self._whole(call, found, given) if found is not None else None
+    def _as_written(self, role: RoleStages, given: Placement, devices: int) -> LayoutOption | None:
+        node = self._placed(role, (), given)
+        found = self._option(role, (), node, devices) if node is not None else None
+        return self._whole(role, found, given) if found is not None else None
 
-    def _options(self, call: RoleStages, given: Placement, devices: int) -> list[Option]:
+    def _options(self, role: RoleStages, given: Placement, devices: int) -> list[LayoutOption]:
         """The best layouts other than the config's."""
-        found: list[Option] = []
-        last = call.nodes[-1]
-        for sizes in _spreads(last, devices, self._is_usable(call), on_gpu=self._on_gpu):
+        found: list[LayoutOption] = []
+        last = role.nodes[-1]
+        for sizes in _spreads(last, devices, self._is_usable(role), on_gpu=self._on_gpu):
             layout = tuple(sorted(sizes.items()))
-            if (node := self._placed(call, layout, given)) is None:
+            if (node := self._placed(role, layout, given)) is None:
                 continue
             for more in _batches(node):
                 config = node.config.model_copy(update=more) if more else node.config
                 option = self._option(
-                    call, tuple(sorted({**sizes, **more}.items())), replace(node, config=config), devices
+                    role, tuple(sorted({**sizes, **more}.items())), replace(node, config=config), devices
                 )
                 found += [option] if option is not None else []
-        return [*filter(None, (self._whole(call, option, given) for option in _best(found)))]
+        return [*filter(None, (self._whole(role, option, given) for option in _best(found)))]
 
-    def without_cost(self, call: RoleStages) -> bool:
+    def without_cost(self, role: RoleStages) -> bool:
         """Whether layouts of a role were left out because they have no prediction."""
-        return self.left_out.get(call.role, Counter())[NO_COST] > 0
+        return self.left_out.get(role.name, Counter())[NO_COST] > 0
 
-    def _given(self, call: RoleStages, devices: int, exclusive: bool) -> Placement:
-        kind = str(self._clusters[exclusive].executor.entry(call.nodes[0]).kind)
+    def _given(self, role: RoleStages, devices: int, exclusive: bool) -> Placement:
+        kind = str(self._clusters[exclusive].executor.entry(role.nodes[0]).kind)
         numbers = tuple(range(devices)) if exclusive or self._on_gpu else (0,)
         return Placement(kind, numbers, exclusive=exclusive)
 
@@ -204,25 +204,25 @@ class Options:
         written = configured_sizes(node, cluster.placement) if given.executor not in LOCAL_KINDS else {}
         return place_stage(node, node.placement or given, {**written, **dict(layout)}, cluster)
 
-    def _placed(self, call: RoleStages, layout: Layout, given: Placement) -> Node | None:
+    def _placed(self, role: RoleStages, layout: Layout, given: Placement) -> Node | None:
         try:
-            return self._place(call.nodes[-1], layout, given)
+            return self._place(role.nodes[-1], layout, given)
         except UserError:
-            self.left_out.setdefault(call.role, Counter())[REFUSED] += 1
+            self.left_out.setdefault(role.name, Counter())[REFUSED] += 1
             return None
 
-    def _option(self, call: RoleStages, layout: Layout, last: Node, devices: int) -> Option | None:
+    def _option(self, role: RoleStages, layout: Layout, last: Node, devices: int) -> LayoutOption | None:
         """The option of a layout for the last stage of a role; None if it is not possible."""
-        reasons = self.left_out.setdefault(call.role, Counter())
+        reasons = self.left_out.setdefault(role.name, Counter())
         each = last.gpus if self._on_gpu else 1
-        if call.asked is None and last.stage.layout(last.config).processes * max(1, each) > devices:
+        if role.requested is None and last.stage.layout(last.config).processes * max(1, each) > devices:
             reasons[TOO_FEW] += 1
             return None
         if not layout and not self._fits_layers(last):
             reasons[BEYOND_LAYERS] += 1
             return None
         estimate = memory(last, self._graph, on_gpu=self._on_gpu)
-        if estimate is not None and _total(estimate, self._on_gpu) > self._room(call, estimate):
+        if estimate is not None and _total(estimate, self._on_gpu) > self._room(role, estimate):
             reasons[NO_ROOM] += 1
             return None
         self.looked_at += 1
@@ -232,20 +232,20 @@ class Options:
             return None
         needed = needed_memory(estimate, prediction, last, self._on_gpu)
         if needed is None:
-            self.memory_unknown.add(call.role)
-            return Option(layout, (last,), (prediction,), 0) if not layout else None
-        if needed > self._room(call, estimate):
+            self.memory_unknown.add(role.name)
+            return LayoutOption(layout, (last,), (prediction,), 0) if not layout else None
+        if needed > self._room(role, estimate):
             reasons[NO_ROOM] += 1
             return None
-        return Option(layout, (last,), (prediction,), needed)
+        return LayoutOption(layout, (last,), (prediction,), needed)
 
-    def _whole(self, call: RoleStages, option: Option, given: Placement) -> Option | None:
+    def _whole(self, role: RoleStages, option: LayoutOption, given: Placement) -> LayoutOption | None:
         """Extend an option from the last stage to all stages of the role; None if one has no prediction."""
-        nodes = [self._place(node, option.layout, given) for node in call.nodes[:-1]]
+        nodes = [self._place(node, option.layout, given) for node in role.nodes[:-1]]
         known = [self._predicted(node) for node in nodes]
         predictions = tuple(prediction for prediction in known if prediction is not None)
         if len(predictions) < len(nodes):
-            self.left_out[call.role][NO_COST] += 1
+            self.left_out[role.name][NO_COST] += 1
             return None
         return replace(option, nodes=(*nodes, *option.nodes), predictions=(*predictions, *option.predictions))
 
@@ -258,21 +258,21 @@ class Options:
             self._others[node.name, label] = self._graph.with_nodes({**self._graph.nodes, node.name: node})
         return self._predictor.predict(node, self._others[node.name, label])
 
-    def _room(self, call: RoleStages, estimate: Memory | None) -> float:
+    def _room(self, role: RoleStages, estimate: Memory | None) -> float:
         """Bytes that a stage may take; for jobs on unknown devices, what it takes as written."""
-        if call.asked is not None and not self._device.bytes:
-            return self._rooms.get(call.role, math.inf)
+        if role.requested is not None and not self._device.bytes:
+            return self._rooms.get(role.name, math.inf)
         return int((estimate.share if estimate is not None else 1.0) * self._device.bytes)
 
-    def _is_usable(self, call: RoleStages) -> Callable[[int, int, int], bool]:
+    def _is_usable(self, role: RoleStages) -> Callable[[int, int, int], bool]:
         """A predicate for whether the layers of a role's models can be divided by tp, pp and sp; false for models that
         do not exist yet."""
 
         def is_usable(tp: int, pp: int, sp: int) -> bool:
-            key = (call.role, tp, pp, sp)
+            key = (role.name, tp, pp, sp)
             if key not in self._usable:
                 sizes = {"dp": 1, "tp": tp, "pp": pp, "sp": sp, "zero": 0, "offload": []}
-                node = call.nodes[-1]
+                node = role.nodes[-1]
                 reason = REFUSED
                 try:
                     node = replace(node, config=node.stage.laid_out(node.config, sizes))
@@ -280,7 +280,7 @@ class Options:
                 except UserError:
                     pass
                 if reason:
-                    self.left_out.setdefault(call.role, Counter())[reason] += 1
+                    self.left_out.setdefault(role.name, Counter())[reason] += 1
                 self._usable[key] = not reason
             return self._usable[key]
 
@@ -300,14 +300,14 @@ class Options:
         return True
 
 
-def _best(options: list[Option]) -> list[Option]:
+def _best(options: list[LayoutOption]) -> list[LayoutOption]:
     """The fastest options, the config's layout, and the option with the least memory."""
     ordered = sorted(options, key=lambda option: (option.seconds, option.layout != (), str(option.layout)))
     unlike = {option.layout: option for option in ordered}
     ordered = list(unlike.values())
     small = min(ordered, key=lambda option: option.memory, default=None)
-    rest = [option for option in ordered[MOST:] if not option.layout or option is small]
-    return ordered[:MOST] + rest
+    rest = [option for option in ordered[MAX_LAYOUTS:] if not option.layout or option is small]
+    return ordered[:MAX_LAYOUTS] + rest
 
 
 def _total(estimate: Memory, on_gpu: bool) -> int:
@@ -326,11 +326,11 @@ def needed_memory(estimate: Memory | None, prediction: Prediction, node: Node, o
     return None if model_paths(node) else 0
 
 
-def counts(most: int) -> list[int]:
-    """Numbers of processes up to `most` to try: powers of 2; up to FEW also all divisors; above also the largest number
-    with three significant bits (84: 80)."""
+def process_counts(most: int) -> list[int]:
+    """Numbers of processes up to `most` to try: powers of 2; up to FEW_DEVICES also all divisors; above also the
+    largest number with three significant bits (84: 80)."""
     found = {1 << power for power in range(most.bit_length())} if most else set()
-    if most <= FEW:
+    if most <= FEW_DEVICES:
         return sorted(found | {count for count in range(1, most + 1) if most % count == 0})
     low = most.bit_length() - 3
     return sorted(found | {most >> low << low})
@@ -343,7 +343,7 @@ def _spreads(
     keys = node.stage.layout_keys
     if "replicas" in keys:
         most = devices // max(1, node.gpus if on_gpu else 1)
-        for count in [most] if on_gpu and most else counts(most):
+        for count in [most] if on_gpu and most else process_counts(most):
             yield {"replicas": count}
     if "dp" in keys:
         yield from _parallel(devices, is_usable, on_gpu=on_gpu)
@@ -362,11 +362,13 @@ def _batches(node: Node) -> Iterator[dict[str, Any]]:
 
 def _parallel(devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool) -> Iterator[dict[str, Any]]:
     """Yield the sizes of a training's section `parallel`: for all GPUs, or for some of the cores."""
-    for tp, pp, sp in itertools.product(counts(min(devices, 8)), counts(min(devices, 16)), counts(min(devices, 8))):
+    for tp, pp, sp in itertools.product(
+        process_counts(min(devices, 8)), process_counts(min(devices, 16)), process_counts(min(devices, 8))
+    ):
         together = tp * pp * sp
         if together > devices or (on_gpu and devices % together) or (together > 1 and not is_usable(tp, pp, sp)):
             continue
-        for dp in [devices // together] if on_gpu else counts(devices // together):
+        for dp in [devices // together] if on_gpu else process_counts(devices // together):
             shardings: list[tuple[Any, tuple[str, ...]]] = [(0, ())]
             if dp * sp > 1:
                 shardings.append(("fsdp2", ()))

@@ -11,23 +11,23 @@ from pipelines.config.placement import ExpectationSection, ExpectedRoleSection, 
 from pipelines.config.run import RunConfig
 from pipelines.graph import Node
 from pipelines.planning.prediction import Basis, Prediction
-from pipelines.planning.search.adopting import QUEUE_ERROR
+from pipelines.planning.search.comparing import QUEUE_ERROR
 from pipelines.planning.search.evaluation import ExpectedRun, SearchedRun
-from pipelines.planning.search.finding import SearchAnswer
+from pipelines.planning.search.finding import SearchResult
 
-SAME = 0.001
+SAME_TIME = 0.001
 """Relative difference up to which the times of two iterations are written as one."""
-WORST: tuple[Basis, ...] = ("analytic", "scaled", "measured")
+LEAST_CERTAIN_FIRST: tuple[Basis, ...] = ("analytic", "scaled", "measured")
 """Bases of predictions, the least certain first."""
 
 
-def planned_section(answer: SearchAnswer, setting: SearchedRun, seed: int) -> PlacementSection:
+def planned_section(result: SearchResult, setting: SearchedRun, seed: int) -> PlacementSection:
     """The section of the adopted plan, with its expected times."""
-    run = answer.adopted
+    run = result.adopted
     expected = {
-        "chosen": answer.name,
+        "chosen": result.name,
         "seconds": _rounded(run.seconds),
-        "error": _rounded(answer.errors[answer.name]),
+        "error": _rounded(result.errors[result.name]),
         "iterations": max((node.iteration or 0 for node in setting.graph.nodes.values()), default=0),
         "lag": setting.graph.lag,
         "devices": setting.device.name,
@@ -72,7 +72,7 @@ def _role(members: Sequence[Node], run: ExpectedRun) -> ExpectedRoleSection:
     known = [run.simulation.predictions[node.name] for node in members]
     times = [run.simulation.times[node.name] for node in members]
     seconds = [_rounded(span.end - span.submitted - one.finish) for span, one in zip(times, known, strict=True)]
-    while len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= SAME * seconds[-1]:
+    while len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= SAME_TIME * seconds[-1]:
         seconds.pop()
     return ExpectedRoleSection(
         seconds=seconds,
@@ -89,7 +89,7 @@ def _error(one: Prediction) -> float:
 
 
 def _worst(bases: Iterable[Basis]) -> Basis:
-    return min(bases, key=WORST.index)
+    return min(bases, key=LEAST_CERTAIN_FIRST.index)
 
 
 def _rounded(value: float) -> float:

@@ -12,11 +12,11 @@ from typing import Any
 from contracts.config import validate
 from pipelines.config.placement import PlacementSection, Strategy
 from pipelines.config.selecting import KINDS
-from pipelines.planning.search.layouts import FEW, Layout, RoleStages
+from pipelines.planning.search.layouts import FEW_DEVICES, Layout, RoleStages
 
 WHOLE = -1
 """The place of a role that is in no pool, on the whole machine."""
-MOST_POOLS = 4
+MAX_POOLS = 4
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ def strategy_of(plan: PlanChoice, lag: int) -> Strategy:
     return "async" if lag else "separation"
 
 
-def section_of(plan: PlanChoice, calls: Sequence[RoleStages], lag: int) -> PlacementSection:
+def section_of(plan: PlanChoice, roles: Sequence[RoleStages], lag: int) -> PlacementSection:
     """The section `placement` of a plan."""
     # A pool named like a kind would also take the stages of that kind that are to be in no pool.
     names = [f"pool-{chr(ord('a') + number)}" for number in range(len(plan.pools))]
     stages: dict[str, Any] = {}
-    for number, call in enumerate(calls):
+    for number, role in enumerate(roles):
         entry: dict[str, Any] = {}
         if plan.places[number] != WHOLE:
             entry["pool"] = names[plan.places[number]]
         if plan.layouts[number]:
             entry["layout"] = {key: list(it) if isinstance(it, tuple) else it for key, it in plan.layouts[number]}
         if entry:
-            stages[_key_of(call.role)] = entry
+            stages[_key_of(role.name)] = entry
     data: dict[str, Any] = {"strategy": strategy_of(plan, lag), "streaming": plan.streaming}
     if plan.pools:
         data["pools"] = {names[number]: {"devices": size} for number, size in enumerate(plan.pools)}
@@ -64,16 +64,16 @@ def section_of(plan: PlanChoice, calls: Sequence[RoleStages], lag: int) -> Place
 
 
 def jobs_section(
-    plan: PlanChoice, calls: Sequence[RoleStages], base: PlacementSection, *, streaming: bool
+    plan: PlanChoice, roles: Sequence[RoleStages], base: PlacementSection, *, streaming: bool
 ) -> PlacementSection:
     """The section `placement` of a plan for a scheduler's jobs: `base` with other layouts and streaming."""
     data = as_data(base.model_copy(update={"expected": None}))
     stages: dict[str, Any] = data.setdefault("stages", {})
-    for call, layout in zip(calls, plan.layouts, strict=True):
+    for role, layout in zip(roles, plan.layouts, strict=True):
         if layout:
-            entry = stages.pop(_key_of(call.role), {})  # moved to the end, where it overrides the others
+            entry = stages.pop(_key_of(role.name), {})  # moved to the end, where it overrides the others
             sizes = {key: list(it) if isinstance(it, tuple) else it for key, it in layout}
-            stages[_key_of(call.role)] = {**entry, "layout": {**entry.get("layout", {}), **sizes}}
+            stages[_key_of(role.name)] = {**entry, "layout": {**entry.get("layout", {}), **sizes}}
     return validate(PlacementSection, {**data, "streaming": streaming}, "placement")
 
 
@@ -97,14 +97,14 @@ def as_data(section: PlacementSection) -> dict[str, Any]:
 
 def sizes_of(devices: int) -> list[int]:
     """Possible sizes of a pool: any for few devices, else powers of 2 and sixteenths."""
-    if devices <= FEW:
+    if devices <= FEW_DEVICES:
         return list(range(1, devices))
     found = {1 << power for power in range(devices.bit_length())}
-    found |= {number * devices // FEW for number in range(1, FEW)} | {devices // 2, -(-devices // 2)}
+    found |= {number * devices // FEW_DEVICES for number in range(1, FEW_DEVICES)} | {devices // 2, -(-devices // 2)}
     return sorted(size for size in found if 0 < size < devices)
 
 
-def divisions(devices: int, pools: int) -> Iterator[tuple[int, ...]]:
+def pool_divisions(devices: int, pools: int) -> Iterator[tuple[int, ...]]:
     """All divisions of the devices into `pools` pools, the largest first; the last one gets the rest."""
     sizes = sizes_of(devices)
 
@@ -121,7 +121,7 @@ def divisions(devices: int, pools: int) -> Iterator[tuple[int, ...]]:
         yield from divide(devices, devices, pools)
 
 
-def offsets(pools: Sequence[int]) -> list[tuple[int, ...]]:
+def pool_devices(pools: Sequence[int]) -> list[tuple[int, ...]]:
     """The devices of each pool: contiguous, in this order."""
     found, start = [], 0
     for size in pools:

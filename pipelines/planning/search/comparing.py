@@ -9,21 +9,21 @@ from pipelines.planning.prediction import random_factor
 from pipelines.planning.search.evaluation import QUEUE, ExpectedRun
 
 DRAWS = 200
-FEW_DRAWS = 60
+REPORTED_DRAWS = 60
 """Number of draws for the error of one plan, which is only reported."""
-SURE = 0.95
+CONFIDENCE = 0.95
 """Minimum share of the draws in which the found plan must be faster to be chosen."""
 
 
 QUEUE_ERROR = 1.0
 """The error of a scheduler's queue time: its other jobs are not known in advance."""
 
-UNSEEN = 1.0
+UNSEEN_ERROR = 1.0
 """Minimum error of stages in a layout that no run has used. The stated error of scaled predictions was measured between
 sizes of one layout; it says nothing about another one, whose processes may not be reused, load more than once, or wait
 for each other."""
 
-RUN_ERROR = 0.025
+SIMULATION_ERROR = 0.025
 """One standard deviation of the simulation's own error if all stages take the predicted time: 19 of 20 random plans
 were within 5 % (benchmarks/simulation.py)."""
 
@@ -42,7 +42,7 @@ class PlanComparison:
     @property
     def is_sure(self) -> bool:
         """Whether the first plan is faster with enough certainty to be chosen."""
-        return self.gain > 0 and self.chance >= SURE
+        return self.gain > 0 and self.chance >= CONFIDENCE
 
 
 def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanComparison:
@@ -51,30 +51,32 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
     In each draw, one factor multiplies the times of all stages of a role in one layout (lognormal, mean 1, the
     prediction's error as standard deviation). Stages with the same layout in both plans have the same factor in both,
     so that their errors cancel. Stages with different layouts have independent factors; in a layout that no run has
-    used, the error is at least UNSEEN. The error of the simulation itself (RUN_ERROR) is drawn for each plan, and that
-    of a scheduler's queue (QUEUE_ERROR) for both together.
+    used, the error is at least UNSEEN_ERROR. The error of the simulation itself (SIMULATION_ERROR) is drawn for each
+    plan, and that of a scheduler's queue (QUEUE_ERROR) for both together.
     """
-    errors = errors_of(fixed)
-    for shape, error in errors_of(found).items():
+    errors = layout_errors(fixed)
+    for shape, error in layout_errors(found).items():
         if shape not in errors:
-            errors[shape] = error if shape in {QUEUE, *measured_of(found)} else max(error, UNSEEN)
+            errors[shape] = error if shape in {QUEUE, *measured_shapes(found)} else max(error, UNSEEN_ERROR)
     if found.section == fixed.section:
         return PlanComparison(0.0, 0.0, 0.0)
     chance = random.Random(f"runs {seed}")
     pairs = []
     for factors in _draws(errors, seed):
         mine, other = found.seconds_with(factors), fixed.seconds_with(factors)
-        pairs.append(other * random_factor(chance, RUN_ERROR) - mine * random_factor(chance, RUN_ERROR))
+        pairs.append(other * random_factor(chance, SIMULATION_ERROR) - mine * random_factor(chance, SIMULATION_ERROR))
     wins = sum(pair > 0 for pair in pairs)
     return PlanComparison(fixed.seconds - found.seconds, statistics.pstdev(pairs), wins / len(pairs))
 
 
 def error_of(run: ExpectedRun, *, seed: int = 0) -> float:
     """One standard deviation of a plan's expected time, in seconds, by the same draws."""
-    return statistics.pstdev([run.seconds_with(factors) for factors in _draws(errors_of(run), seed, FEW_DRAWS)])
+    return statistics.pstdev(
+        [run.seconds_with(factors) for factors in _draws(layout_errors(run), seed, REPORTED_DRAWS)]
+    )
 
 
-def errors_of(run: ExpectedRun) -> dict[str, float]:
+def layout_errors(run: ExpectedRun) -> dict[str, float]:
     """The largest error of the predictions of each shape."""
     found: dict[str, float] = {}
     for name, prediction in run.simulation.predictions.items():
@@ -85,7 +87,7 @@ def errors_of(run: ExpectedRun) -> dict[str, float]:
     return found
 
 
-def measured_of(run: ExpectedRun) -> set[str]:
+def measured_shapes(run: ExpectedRun) -> set[str]:
     """The shapes whose predictions are all measured."""
     shapes = set(run.shapes.values())
     return shapes - {run.shapes[name] for name, one in run.simulation.predictions.items() if one.basis != "measured"}
