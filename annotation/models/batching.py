@@ -12,7 +12,7 @@ from modeling.packing import tokens_of
 from modeling.rows import Response, Row, token_ids
 
 T = TypeVar("T")
-GATHERED = 4
+MAX_GATHERED = 4
 """Limit on the keys and values that attention gathers for whole sequences, prompts included, in multiples of the token
 budget."""
 
@@ -62,7 +62,7 @@ def row_batches(rows: Sequence[Row], budget: int, limit: int) -> list[list[Piece
     for piece in sorted(pieces, key=lambda piece: (-piece.row.longest, piece.place, piece.first)):
         tokens += tokens_of(piece.row, "shared")
         gathered += piece.row.tokens
-        if result and tokens <= budget and gathered <= GATHERED * budget:
+        if result and tokens <= budget and gathered <= MAX_GATHERED * budget:
             result[-1].append(piece)
         else:
             result.append([piece])
@@ -77,7 +77,7 @@ def _pieces(index: int, row: Row, limit: int) -> Iterator[Piece]:
         for response in row.responses[first:]:
             tokens += len(response.ids)
             gathered = tokens + count * width
-            if count and (tokens > limit or gathered > GATHERED * limit):
+            if count and (tokens > limit or gathered > MAX_GATHERED * limit):
                 break
             count += 1
         yield Piece(index, first, Row(row.row_id, row.prompt, row.responses[first : first + count]))
@@ -115,7 +115,7 @@ def chunks(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator
         yield chunk
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """Prefetch: yield the same items, computing each in a thread while the previous one is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)

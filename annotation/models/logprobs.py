@@ -22,7 +22,7 @@ class LogprobModel(TokenScorer):
         self.chunk = max(1, at_once // self.model.config.get_text_config().vocab_size)
         self.share_prompts_before_head()
 
-    def judge(self, sample: Sample, numbers: list[float]) -> Score:
+    def to_score(self, sample: Sample, numbers: list[float]) -> Score:
         """The score record: the sum of the log-probabilities, and each of them."""
         return sample.scored(math.fsum(numbers), token_logprobs=tuple(numbers))
 

@@ -1,6 +1,6 @@
 """The scorer kind `pairwise`: runs a causal language model that says which of two answers to a prompt is better.
 
-contracts/pairwise.py defines the model's input, annotation/models/contests.py how results become scores.
+contracts/pairwise.py defines the model's input, annotation/models/comparisons.py how results become scores.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from annotation.models.batching import ahead, chunks, shared_row
-from annotation.models.contests import Contest, Contests, Result, score, wanted
+from annotation.models.batching import chunks, prefetch, shared_row
+from annotation.models.comparisons import Comparison, Opponents, Result, all_comparisons, score_of
 from annotation.models.loading import pad_right
-from annotation.models.reading import BATCHES, ModelReader
+from annotation.models.reader import BATCHES, ModelReader
 from annotation.models.tokens import head_logits, run_backbone
 from annotation.samples import Sample
 from annotation.scorers.pairwise import PairwiseConfig
@@ -35,7 +35,7 @@ class PairwiseModel(ModelReader):
 
     def __init__(self, config: PairwiseConfig, longest: int | None) -> None:
         assert config.model is not None
-        self.contests = Contests(config.opponents, config.against)
+        self.opponents = Opponents(config.opponents, config.against)
         self.chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
         self.labels = list(self.chat.label_ids)
         super().__init__(config, longest, load_causal)
@@ -49,19 +49,21 @@ class PairwiseModel(ModelReader):
         samples fail.
         """
         self.chat.chat.counts.clear()
-        rivals = self.contests.of(samples)
-        results = self._compare({held: sample.rollout for held, sample in wanted(samples, rivals).items()})
-        return [score(sample, others, results) for sample, others in zip(samples, rivals, strict=True)]
+        opponents = self.opponents.of(samples)
+        results = self._compare(
+            {comparison: sample.rollout for comparison, sample in all_comparisons(samples, opponents).items()}
+        )
+        return [score_of(sample, others, results) for sample, others in zip(samples, opponents, strict=True)]
 
-    def _compare(self, wanted: dict[Contest, Rollout]) -> dict[Contest, Result]:
-        """The result of every contest."""
-        results: dict[Contest, Result] = {}
-        preferences: dict[Contest, list[float]] = {}
-        for chunk in ahead(chunks(self._questions(wanted, results), _tokens, BATCHES * self.budget)):
+    def _compare(self, rollouts: dict[Comparison, Rollout]) -> dict[Comparison, Result]:
+        """The result of every comparison."""
+        results: dict[Comparison, Result] = {}
+        preferences: dict[Comparison, list[float]] = {}
+        for chunk in prefetch(chunks(self._rows(rollouts, results), _tokens, BATCHES * self.budget)):
             numbers = self.read([row for _, row in chunk])
             for (asked, _), found in zip(chunk, numbers, strict=True):
-                for (contest, place), (number,) in zip(asked, found, strict=True):
-                    preferences.setdefault(contest, [0.0, 0.0])[place] = number
+                for (comparison, place), (number,) in zip(asked, found, strict=True):
+                    preferences.setdefault(comparison, [0.0, 0.0])[place] = number
         forwards, backwards = np.array([*preferences.values()]).reshape(-1, 2).T
         chances = (_sigmoid(forwards) + _sigmoid(-backwards)) / 2
         results |= zip(preferences, chances.tolist(), strict=True)
@@ -73,29 +75,29 @@ class PairwiseModel(ModelReader):
         }
         return results
 
-    def _questions(
-        self, wanted: dict[Contest, Rollout], results: dict[Contest, Result]
-    ) -> Iterator[tuple[list[tuple[Contest, int]], Row]]:
-        """The model's inputs for each prompt as rows, each input with its contest and order (0 or 1); contests without
-        valid inputs get a reason or fault in `results`."""
-        for _, contests in groupby(wanted, key=lambda contest: contest[0]):
-            asked: dict[tuple[Contest, int], list[int]] = {}
-            for contest in contests:
+    def _rows(
+        self, rollouts: dict[Comparison, Rollout], results: dict[Comparison, Result]
+    ) -> Iterator[tuple[list[tuple[Comparison, int]], Row]]:
+        """The model's inputs for each prompt as rows, each input with its comparison and order (0 or 1); comparisons
+        without valid inputs get a reason or fault in `results`."""
+        for _, comparisons in groupby(rollouts, key=lambda comparison: comparison[0]):
+            asked: dict[tuple[Comparison, int], list[int]] = {}
+            for comparison in comparisons:
                 beat()
                 try:
-                    both = self._token_ids(wanted[contest], contest)
+                    both = self._token_ids(rollouts[comparison], comparison)
                 except UserError as error:
-                    results[contest] = Fault(error)
+                    results[comparison] = Fault(error)
                     continue
                 if self.longest is not None and max(map(len, both)) > self.longest:
-                    results[contest] = "too_long"
+                    results[comparison] = "too_long"
                 else:
-                    asked |= {(contest, place): ids for place, ids in enumerate(both)}
+                    asked |= {(comparison, place): ids for place, ids in enumerate(both)}
             yield from _shared_rows(asked)
 
-    def _token_ids(self, rollout: Rollout, contest: Contest) -> list[list[int]]:
-        """The model's input for a contest, in both orders."""
-        _, first, second = contest
+    def _token_ids(self, rollout: Rollout, comparison: Comparison) -> list[list[int]]:
+        """The model's input for a comparison, in both orders."""
+        _, first, second = comparison
         what = f"two answers to prompt {rollout.prompt_id}"
         return [
             self.chat.token_ids(rollout.messages, *order, what=what, tools=rollout.tools)
@@ -120,22 +122,22 @@ class PairwiseModel(ModelReader):
         return differences
 
 
-def _shared_rows(asked: dict[tuple[Contest, int], list[int]]) -> list[tuple[list[tuple[Contest, int]], Row]]:
+def _shared_rows(asked: dict[tuple[Comparison, int], list[int]]) -> list[tuple[list[tuple[Comparison, int]], Row]]:
     """The inputs of one prompt as rows: all in one row, or one row per answer in the first position, whichever takes
     fewer tokens."""
     if not asked:
         return []
-    by_first: dict[str, list[tuple[Contest, int]]] = {}
+    by_first: dict[str, list[tuple[Comparison, int]]] = {}
     for key in asked:
-        contest, place = key
-        by_first.setdefault(contest[1 + place], []).append(key)
+        comparison, place = key
+        by_first.setdefault(comparison[1 + place], []).append(key)
     ways = ([[*asked]], [*by_first.values()])
     rows = [[(group, shared_row([asked[key] for key in group])) for group in way] for way in ways]
     return min(rows, key=lambda way: sum(tokens_of(row, "shared") for _, row in way))
 
 
-def _tokens(question: tuple[list[tuple[Contest, int]], Row]) -> int:
-    return question[1].tokens
+def _tokens(entry: tuple[list[tuple[Comparison, int]], Row]) -> int:
+    return entry[1].tokens
 
 
 def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:

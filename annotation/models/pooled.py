@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from annotation.models.contests import Contests
+from annotation.models.comparisons import Opponents
 from annotation.models.loading import accelerators, load_model
 from annotation.models.pairwise import PairwiseModel
-from annotation.models.reading import HALF_TOLERANCE, Numbers
+from annotation.models.reader import HALF_TOLERANCE, Numbers
 from annotation.models.reward_model import RewardModel, own_rewards
 from annotation.samples import Sample
 from annotation.scorers.base import ModelSettings
@@ -37,12 +37,12 @@ from modeling.logprobs import PLAIN
 from modeling.rows import Row
 from modeling.vllm_process import CPU_STEP, beat_with_every_step, set_environment
 
-TRIED = (3, 40, 129, 300)
+PROBE_LENGTHS = (3, 40, 129, 300)
 """Lengths of the random sequences that both engines score in the parity check, in addition to a conversation."""
 CONVERSATION = (Message("user", "What is the capital of France?"), Message("assistant", "It is Paris."))
 TOLERANCE = 1e-3
 """Maximum difference of their scores in float32, relative to the largest one (to at least 1); in half precision
-`HALF_TOLERANCE` of reading.py."""
+`HALF_TOLERANCE` of reader.py."""
 
 
 class PooledRewardModel(RewardModel):
@@ -58,7 +58,7 @@ class PooledRewardModel(RewardModel):
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """Score like a `RewardModel`, starting with an empty prefix cache."""
-        self.engine.forget()
+        self.engine.reset_cache()
         return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
@@ -73,7 +73,7 @@ class PooledPairwiseModel(PairwiseModel):
     def __init__(self, config: PairwiseConfig, longest: int | None) -> None:
         assert config.model is not None
         self.path, self.longest, self.budget, self.counts = config.model, longest, config.batch_tokens, {}
-        self.contests = Contests(config.opponents, config.against)
+        self.opponents = Opponents(config.opponents, config.against)
         self.chat = PairwiseChat(config.model, config.chat_template_kwargs, config.date)
         labels = self.chat.label_ids
         asked, first = CONVERSATION
@@ -86,7 +86,7 @@ class PooledPairwiseModel(PairwiseModel):
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """Score like a `PairwiseModel`, starting with an empty prefix cache."""
-        self.engine.forget()
+        self.engine.reset_cache()
         return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
@@ -110,7 +110,7 @@ class _ModelSpec(NamedTuple):
     load: Callable[[Path, torch.dtype], Any]
     numbers: Callable[[Any, list[list[int]]], list[float]]
     """Function of the model and token sequences, which returns one number per sequence."""
-    tried: list[int]
+    probes: list[int]
     """A typical input, for the parity check."""
     overrides: dict[str, Any]
     """vLLM's `hf_overrides` of the model's configuration."""
@@ -136,12 +136,12 @@ class PoolingEngine:
                 "Set replicas=N instead of starting them with a launcher."
             )
         self.path = config.model
-        tried = [sequence[:longest] for sequence in (*self._drawn(), spec.tried)]
-        expected, dtype = _by_transformers(config, tried, spec)
+        probes = [sequence[:longest] for sequence in (*self._drawn(), spec.probes)]
+        expected, dtype = _by_transformers(config, probes, spec)
         self._open(config, _arguments(config, longest, dtype, spec.overrides), dtype)
-        self._require_parity(tried, expected, dtype)
+        self._require_parity(probes, expected, dtype)
 
-    def forget(self) -> None:
+    def reset_cache(self) -> None:
         """Reset the prefix cache."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -160,10 +160,10 @@ class PoolingEngine:
         return [float(output.outputs.probs[0]) for output in outputs]
 
     def _drawn(self) -> list[list[int]]:
-        """Sequences of random tokens, of the lengths in `TRIED`."""
+        """Sequences of random tokens, of the lengths in `PROBE_LENGTHS`."""
         size = int(AutoConfig.from_pretrained(self.path, local_files_only=True).get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(0, size, (tokens,), generator=generator).tolist() for tokens in TRIED]
+        return [torch.randint(0, size, (tokens,), generator=generator).tolist() for tokens in PROBE_LENGTHS]
 
     def _open(self, config: PooledSettings, arguments: dict[str, Any], dtype: str) -> None:
         # The scheduler runs in this process, so that the composition of batches does not depend on timing.
@@ -191,15 +191,15 @@ class PoolingEngine:
             "engine_version": str(vllm.__version__),
         }
 
-    def _require_parity(self, tried: list[list[int]], expected: list[float], dtype: str) -> None:
+    def _require_parity(self, probes: list[list[int]], expected: list[float], dtype: str) -> None:
         """Compare the engine's results with those of transformers.
 
         Raises:
             UserError: a result differs by more than the tolerance.
         """
-        found = self.numbers(tried)
+        found = self.numbers(probes)
         allowed = (TOLERANCE if dtype == "float32" else HALF_TOLERANCE) * max(1.0, *map(abs, expected))
-        pairs = zip(tried, found, expected, strict=True)
+        pairs = zip(probes, found, expected, strict=True)
         sequence, one, other = max(pairs, key=lambda each: _distance(each[1], each[2]))
         if not _distance(one, other) <= allowed:
             raise UserError(

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from annotation.models.batching import ahead, by_rollout, chunks, shared_row
+from annotation.models.batching import by_rollout, chunks, prefetch, shared_row
 from annotation.models.loading import pad_right
-from annotation.models.reading import BATCHES, ModelReader
-from annotation.models.steps import PolicyTokens, StepChat, StepQuestion, aggregated, divide, token_rewards
+from annotation.models.reader import BATCHES, ModelReader
+from annotation.models.steps import PolicyTokens, StepChat, StepInput, aggregate, divide, token_rewards
 from annotation.models.tokens import run_backbone
 from annotation.samples import Sample
 from annotation.scorers.process_reward import UNPLACED_STEPS, UNREAD_STEPS, ProcessRewardConfig
@@ -32,12 +32,12 @@ from modeling.packing import Packed
 from modeling.rows import Row
 
 
-class _Asked(NamedTuple):
+class _Prepared(NamedTuple):
     """The model's input for a sample, and the tokens that its steps' scores are assigned to."""
 
     sample: int
     """Index of the sample."""
-    question: StepQuestion
+    inputs: StepInput
     rewarded: list[int]
     """For each step, the index of the policy's token that ends it."""
 
@@ -51,7 +51,7 @@ class ProcessRewardModel(ModelReader):
         self.config = config
         self.steps = StepChat(config, config.date)
         self.policy = PolicyTokens(ChatTokenizer(config.tokenizer) if config.tokenizer else self.steps.chat)
-        _ = self.steps.inserted  # raises an error if there is no such token
+        _ = self.steps.inserted_token  # raises an error if there is no such token
         is_causal = config.loaded_as() == "causal"
         super().__init__(config, longest, load_causal if is_causal else load_token_classifier)
         self.labels: list[int] | None = None
@@ -69,25 +69,25 @@ class ProcessRewardModel(ModelReader):
         self.steps.chat.counts.clear()
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         read = 0
-        for chunk in ahead(chunks(self._rows(samples, results), lambda item: item[1].tokens, BATCHES * self.budget)):
+        for chunk in prefetch(chunks(self._rows(samples, results), lambda item: item[1].tokens, BATCHES * self.budget)):
             for (group, row), numbers in zip(chunk, self.read([row for _, row in chunk]), strict=True):
                 for asked, own in zip(group, numbers, strict=True):
                     shared = len(row.prompt)
-                    scores = [_sigmoid(own[place - shared]) for place in asked.question.places]
+                    scores = [_sigmoid(own[place - shared]) for place in asked.inputs.places]
                     results[asked.sample] = self._scored(samples[asked.sample], scores, asked.rewarded)
                     read += len(scores)
         self.counts = {"steps": read, **self.steps.chat.counts}
         return results
 
-    def _rows(self, samples: list[Sample], results: list[Score | str | Fault]) -> Iterator[tuple[list[_Asked], Row]]:
+    def _rows(self, samples: list[Sample], results: list[Score | str | Fault]) -> Iterator[tuple[list[_Prepared], Row]]:
         """The model's inputs for each prompt that fit the limit, as rows; the other samples get a reason or fault in
         `results`."""
         for indices in by_rollout(samples):
-            group: list[_Asked] = []
+            group: list[_Prepared] = []
             for index in indices:
                 beat()
                 try:
-                    found = self._asked(index, samples[index])
+                    found = self._prepare(index, samples[index])
                 except UserError as error:
                     results[index] = Fault(error)
                     continue
@@ -97,27 +97,27 @@ class ProcessRewardModel(ModelReader):
                     group.append(found)
             if group:
                 # Positions whose outputs are read must be in the responses, not in the shared prompt.
-                first = min(asked.question.places[0] for asked in group)
-                yield group, shared_row([asked.question.ids for asked in group], most=first)
+                first = min(asked.inputs.places[0] for asked in group)
+                yield group, shared_row([asked.inputs.ids for asked in group], most=first)
 
-    def _asked(self, index: int, sample: Sample) -> _Asked | str:
+    def _prepare(self, index: int, sample: Sample) -> _Prepared | str:
         if not sample.completion.response_ids:
             return "empty"
         steps = divide(sample.completion.text, self.config.pattern)
-        question = self.steps.question(sample, steps)
-        if question is None:
+        inputs = self.steps.inputs_of(sample, steps)
+        if inputs is None:
             return UNREAD_STEPS
-        if self.longest is not None and len(question.ids) > self.longest:
+        if self.longest is not None and len(inputs.ids) > self.longest:
             return "too_long"
-        rewarded = self.policy.last_of(sample, steps)
-        return UNPLACED_STEPS if rewarded is None else _Asked(index, question, rewarded)
+        rewarded = self.policy.last_tokens(sample, steps)
+        return UNPLACED_STEPS if rewarded is None else _Prepared(index, inputs, rewarded)
 
     def _scored(self, sample: Sample, scores: list[float], rewarded: list[int]) -> Score:
         rewards = token_rewards(
             scores, rewarded, len(sample.completion.response_ids), differences=self.config.differences
         )
         return sample.scored(
-            aggregated(scores, self.config.aggregate),
+            aggregate(scores, self.config.aggregate),
             parts={"steps": len(scores), "lowest": min(scores), "last": scores[-1]},
             extras={"step_scores": scores},
             token_rewards=rewards,

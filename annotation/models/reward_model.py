@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from annotation.models.batching import ahead, by_rollout, chunks, shared_row
+from annotation.models.batching import by_rollout, chunks, prefetch, shared_row
 from annotation.models.loading import pad_right
-from annotation.models.reading import BATCHES, ModelReader
+from annotation.models.reader import BATCHES, ModelReader
 from annotation.samples import Sample
 from annotation.scorers.reward_model import RewardModelConfig
 from contracts.attempt import beat
@@ -36,7 +36,7 @@ class RewardModel(ModelReader):
         self.chat.counts.clear()
         results: list[Score | str | Fault] = ["too_long"] * len(samples)
         conversations = self._conversations(samples, results)
-        for chunk in ahead(chunks(conversations, lambda item: item[1].tokens, BATCHES * self.budget)):
+        for chunk in prefetch(chunks(conversations, lambda item: item[1].tokens, BATCHES * self.budget)):
             rewards = self.read([row for _, row in chunk])
             for (indices, _), numbers in zip(chunk, rewards, strict=True):
                 for index, (reward,) in zip(indices, numbers, strict=True):

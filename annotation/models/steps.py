@@ -30,7 +30,7 @@ class StepSpan(NamedTuple):
     end: int
 
 
-class StepQuestion(NamedTuple):
+class StepInput(NamedTuple):
     """The model's input for a sample."""
 
     ids: list[int]
@@ -51,7 +51,7 @@ def divide(text: str, separator: re.Pattern[str]) -> list[StepSpan]:
     return steps or [StepSpan(0, 0)]
 
 
-def aggregated(scores: Sequence[float], how: str) -> float:
+def aggregate(scores: Sequence[float], how: str) -> float:
     """Aggregate the scores of all steps into one number, by the method `how`."""
     if how == "last":
         return scores[-1]
@@ -99,7 +99,7 @@ class StepChat:
         return bad, good
 
     @functools.cached_property
-    def inserted(self) -> int:
+    def inserted_token(self) -> int:
         """The token that is inserted after each step."""
         if self.config.layout == "turns":
             return self.label_ids[1]
@@ -116,7 +116,7 @@ class StepChat:
             )
         return ids[0]
 
-    def question(self, sample: Sample, steps: Sequence[StepSpan]) -> StepQuestion | None:
+    def inputs_of(self, sample: Sample, steps: Sequence[StepSpan]) -> StepInput | None:
         """The model's input for a sample; None if the chat template leaves out some of its steps.
 
         Raises:
@@ -127,7 +127,7 @@ class StepChat:
         said = [without_slots(text[step.start : step.end]) for step in steps]
         turns = self._turns(messages, said) if self.config.layout == "turns" else self._marked(messages, text, steps)
         try:
-            ids, begins = self.chat.filled(turns, [self.inserted], tools=rollout.tools, what=str(sample))
+            ids, begins = self.chat.filled(turns, [self.inserted_token], tools=rollout.tools, what=str(sample))
         except UserError as error:
             raise UserError(f"{sample}: {error}") from error
         if [*begins] != [*range(len(steps))]:
@@ -136,7 +136,7 @@ class StepChat:
         places = [begin - before for begin in begins.values()]
         if places[0] < 1:
             raise UserError(f"{sample}: the chat template of {self.chat.path} writes nothing before the first step.")
-        return StepQuestion(ids[: places[-1] + 1], places)
+        return StepInput(ids[: places[-1] + 1], places)
 
     def _marked(self, messages: Sequence[Message], text: str, steps: Sequence[StepSpan]) -> tuple[Message, ...]:
         """The conversation with a slot after each step of the answer."""
@@ -172,7 +172,7 @@ def tokens_found(config: ProcessRewardSettings) -> Finding:
         UserError: one is not.
     """
     chat = StepChat(config)
-    name = repr(chat.chat.tokenizer.convert_ids_to_tokens(chat.inserted))
+    name = repr(chat.chat.tokenizer.convert_ids_to_tokens(chat.inserted_token))
     where = f"before {name}" if config.layout == "turns" else f"at {name}"
     labels = ""
     if config.loaded_as() == "causal":
@@ -187,7 +187,7 @@ class PolicyTokens:
     def __init__(self, chat: ChatTokenizer) -> None:
         self.chat = chat
 
-    def last_of(self, sample: Sample, steps: Sequence[StepSpan]) -> list[int] | None:
+    def last_tokens(self, sample: Sample, steps: Sequence[StepSpan]) -> list[int] | None:
         """For each step, the index of the stored token that completes its text; None if it cannot be determined.
 
         The search compares decoded prefixes of the tokens with the answer's text, so it does not matter how characters

@@ -7,7 +7,7 @@ import torch
 
 from annotation.models.batching import by_rollout
 from annotation.models.loading import pad_right, require_vocabulary
-from annotation.models.reading import ModelReader
+from annotation.models.reader import ModelReader
 from annotation.samples import Sample
 from contracts.faults import Fault
 from contracts.records import Score
@@ -73,7 +73,7 @@ class TokenScorer(ModelReader):
         require_vocabulary(self.model, rows, self.path)
         for indices, numbers in zip(chosen, self.read(rows), strict=True):
             for index, own in zip(indices, numbers, strict=True):
-                results[index] = self.judge(samples[index], own)
+                results[index] = self.to_score(samples[index], own)
         return results
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
@@ -109,6 +109,6 @@ class TokenScorer(ModelReader):
         """The numbers for the response tokens of a padded batch."""
         raise NotImplementedError
 
-    def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
+    def to_score(self, sample: Sample, numbers: list[float]) -> Score | str:
         """A sample's score, given the numbers for its tokens, or the reason for which it is dropped."""
         raise NotImplementedError

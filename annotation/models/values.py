@@ -38,7 +38,7 @@ class ValueModel(TokenScorer):
             self.head = self.model.score.weight.float()
         self.share_prompts()
 
-    def judge(self, sample: Sample, numbers: list[float]) -> Score | str:
+    def to_score(self, sample: Sample, numbers: list[float]) -> Score | str:
         """The value of the prompt, with the values of all response tokens; "empty" if there are none."""
         return sample.scored(numbers[0], token_values=tuple(numbers)) if numbers else "empty"
 

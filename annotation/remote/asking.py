@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from annotation.remote.answers import AnswerCache, Said, said_in
-from annotation.remote.client import BadReplyError, Client, WrongEndpointError, work
-from annotation.remote.readings import Reading
+from annotation.remote.client import BadReplyError, Client, WrongEndpointError, run_concurrently
+from annotation.remote.parsing import ReplyParser
+from annotation.remote.replies import Reply, ReplyCache, parse_reply
 from annotation.remote.spending import Spending
 from annotation.remote.templates import RUBRIC, Question
 from annotation.samples import Sample
@@ -19,17 +19,17 @@ from contracts.errors import TransientError, UserError
 from contracts.faults import Fault, Tolerance
 from contracts.records import Message, Rollout
 
-TOP = 20
+TOP_LOGPROBS = 20
 """`top_logprobs` of a request: the most alternatives per token that servers return."""
 
 
-FIRST = 16
+FIRST_JUDGEMENTS = 16
 """If none of this many first judgements can be read, the stage stops, since further ones would only cost money."""
 TOLERANT = 0.5
 """With a max_dropped of at least this, it goes on all the same."""
-READ = "judged"
+READ_MARKER = "judged"
 """Name of a marker file in the stage's state: a judgement has been read, by this process or an earlier one."""
-SHOWN = 200
+MAX_SHOWN = 200
 """Maximum characters of a reply in a message."""
 
 
@@ -43,7 +43,7 @@ class Inquiry:
 
 
 @dataclass
-class Judged:
+class InquiryResult:
     """The result of an inquiry."""
 
     votes: list[tuple[float, str] | None]
@@ -57,7 +57,7 @@ class Judged:
         return [vote[0] for vote in self.votes if vote is not None]
 
     @property
-    def said(self) -> list[str]:
+    def texts(self) -> list[str]:
         """The texts of the votes that have a number."""
         return [vote[1] for vote in self.votes if vote is not None]
 
@@ -67,12 +67,12 @@ class Judged:
         return sum(self.values) / len(self.values)
 
 
-class Asker:
+class JudgeClient:
     """Sends inquiries to the configured endpoint, and reads numbers from the replies."""
 
-    def __init__(self, config: JudgeSettings, reading: Reading, opening: Opening) -> None:
-        self.config, self.reading = config, reading
-        self.answers = AnswerCache(config.cache)
+    def __init__(self, config: JudgeSettings, parse: ReplyParser, opening: Opening) -> None:
+        self.config, self.parse = config, parse
+        self.cache = ReplyCache(config.cache)
         self.client = Client(
             [config.base], key_variable=config.key_variable, timeout=config.timeout, retries=config.retries
         )
@@ -83,12 +83,12 @@ class Asker:
         self.counts: dict[str, int] = {}
         self.unread = ""
         """Description of a reply in the last shard that could not be read; empty if all could."""
-        self._mark = opening.state / READ
+        self._mark = opening.state / READ_MARKER
         self._any_read = self._mark.exists()
         self._failed = 0
-        self._under_way: dict[str, asyncio.Future[Said]] = {}
+        self._in_flight: dict[str, asyncio.Future[Reply]] = {}
 
-    def ask(self, inquiries: Sequence[Inquiry], samples: Sequence[Sample]) -> list[Judged]:
+    def ask(self, inquiries: Sequence[Inquiry], samples: Sequence[Sample]) -> list[InquiryResult]:
         """Send all inquiries and return their results; `samples` are all samples of the shard, for the counts.
 
         Raises:
@@ -100,7 +100,7 @@ class Asker:
         faults: dict[int, Fault] = {}
         self.counts = {"answers": 0, "answers_without_reading": 0}
         self.unread = ""
-        unread: dict[int, Said] = {}
+        unread: dict[int, Reply] = {}
         done = 0
 
         async def judge(number: int) -> None:
@@ -108,7 +108,7 @@ class Asker:
             index, vote = divmod(number, votes)
             try:
                 given = await self._vote(inquiries[index], vote)
-                if isinstance(given, Said):
+                if isinstance(given, Reply):
                     unread[number] = given
                     self._note_unread(inquiries[index], given)
                 else:
@@ -125,7 +125,7 @@ class Asker:
             report_within(done * len(samples) // (votes * len(inquiries)), len(samples), "samples")
 
         try:
-            work(self.client, votes * len(inquiries), judge, self.config.concurrency)
+            run_concurrently(self.client, votes * len(inquiries), judge, self.config.concurrency)
         except _FinalError as error:
             raise error.error from error
         if unread:
@@ -133,75 +133,75 @@ class Asker:
             self.unread = self._quoted(inquiries[first // votes], unread[first])
         self.counts |= self.spending.counts(samples) | {"requests_repeated": self.client.retried}
         self.client.retried = 0
-        return [Judged(given, faults.get(index)) for index, given in enumerate(found)]
+        return [InquiryResult(given, faults.get(index)) for index, given in enumerate(found)]
 
     def _note_read(self) -> None:
         if not self._any_read:
             self._any_read = True
             self._mark.touch()
 
-    def _note_unread(self, inquiry: Inquiry, said: Said) -> None:
+    def _note_unread(self, inquiry: Inquiry, reply: Reply) -> None:
         """Raise if none of the first judgements could be read."""
         self._failed += 1
-        if not self._any_read and self._failed >= FIRST and self.config.max_dropped < TOLERANT:
+        if not self._any_read and self._failed >= FIRST_JUDGEMENTS and self.config.max_dropped < TOLERANT:
             raise _FinalError(
                 UserError(
-                    f"none of the first {FIRST} judgements could be read, so no more are paid for. "
-                    f"{self._quoted(inquiry, said)}, or set max_dropped={TOLERANT:g} or more if most may be lost."
+                    f"none of the first {FIRST_JUDGEMENTS} judgements could be read, so no more are paid for. "
+                    f"{self._quoted(inquiry, reply)}, or set max_dropped={TOLERANT:g} or more if most may be lost."
                 )
             )
 
-    def _quoted(self, inquiry: Inquiry, said: Said) -> str:
+    def _quoted(self, inquiry: Inquiry, reply: Reply) -> str:
         """The beginning of a message: a reply that could not be read, shortened and without the key, and how to fix
         it."""
-        text, form = self.client.hidden(said.text), self.config.extraction
-        shown = f"{text[:SHOWN]!r}{'...' if len(text) > SHOWN else ''}" if text else "nothing"
-        if said.finish_reason == "length" and form != "logprobs":
+        text, form = self.client.redacted(reply.text), self.config.extraction
+        shown = f"{text[:MAX_SHOWN]!r}{'...' if len(text) > MAX_SHOWN else ''}" if text else "nothing"
+        if reply.finish_reason == "length" and form != "logprobs":
             ending, fix = f", cut off by max_tokens={self.config.max_tokens}.", "Raise max_tokens"
         else:
             key = "json_key" if form == "json" else "pattern"
             ending = f", in which extraction={form} finds no judgement."
-            fix = f"Have the question (rubric, template, instructions) ask for that form, set {key} to what is said"
+            fix = f"Have the question (rubric, template, instructions) ask for that form, set {key} to match the reply"
         return f"Of {inquiry.sample}, for example, the judge says {shown}{ending} {fix}, take another model"
 
-    async def _vote(self, inquiry: Inquiry, vote: int) -> tuple[float, str] | Said:
+    async def _vote(self, inquiry: Inquiry, vote: int) -> tuple[float, str] | Reply:
         """The number and text of a vote. A reply without a number is requested again, up to `asks` times in all; then
         the last reply is returned."""
         for ask in range(self.config.asks):
-            said = await self._say(inquiry, vote + MAX_VOTES * ask)
+            reply = await self._reply_to(inquiry, vote + MAX_VOTES * ask)
             self.counts["answers"] += 1
-            value = self.reading(said)
+            value = self.parse(reply)
             if value is not None:
-                return value, said.text
+                return value, reply.text
             self.counts["answers_without_reading"] += 1
-        return said
+        return reply
 
-    async def _say(self, inquiry: Inquiry, number: int) -> Said:
+    async def _reply_to(self, inquiry: Inquiry, number: int) -> Reply:
         """The reply of this number: from the cache, from an identical request in flight, or from a new request."""
         body = _body(self.config, inquiry.messages, number)
-        key = self.answers.key(body, number)
-        if (said := self.answers.get(key)) is not None:
-            return said
-        if (waiting := self._under_way.get(key)) is not None:
+        key = self.cache.key(body, number)
+        if (reply := self.cache.get(key)) is not None:
+            return reply
+        if (waiting := self._in_flight.get(key)) is not None:
             return await asyncio.shield(waiting)
-        future = self._under_way[key] = asyncio.get_running_loop().create_future()
+        future = self._in_flight[key] = asyncio.get_running_loop().create_future()
         try:
-            said = await self._pay(key, inquiry.sample, body)
+            reply = await self._request(key, inquiry.sample, body)
         except BaseException as error:
             future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
             future.exception()  # marks it as retrieved, as perhaps nobody waits for it
             raise
         finally:
-            del self._under_way[key]
-        future.set_result(said)
-        return said
+            del self._in_flight[key]
+        future.set_result(reply)
+        return reply
 
-    async def _pay(self, key: str, sample: Sample, body: dict[str, Any]) -> Said:
-        _finally(self.spending.require_left)
-        said: Said = await self.client.ask("POST", "/chat/completions", body, _said)
-        _finally(functools.partial(self.answers.put, key, said))
-        _finally(functools.partial(self.spending.add, sample, said))
-        return said
+    async def _request(self, key: str, sample: Sample, body: dict[str, Any]) -> Reply:
+        _final(self.spending.require_left)
+        reply: Reply = await self.client.ask("POST", "/chat/completions", body, _parsed_reply)
+        _final(functools.partial(self.cache.put, key, reply))
+        _final(functools.partial(self.spending.add, sample, reply))
+        return reply
 
 
 class _FinalError(Exception):
@@ -212,7 +212,7 @@ class _FinalError(Exception):
         self.error = error
 
 
-def _finally(do: Callable[[], None]) -> None:
+def _final(do: Callable[[], None]) -> None:
     try:
         do()
     except Exception as error:
@@ -227,15 +227,15 @@ def _body(config: JudgeSettings, messages: list[dict[str, str]], number: int) ->
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
         "seed": None if config.seed is None else config.seed + number,
-        **({"logprobs": True, "top_logprobs": TOP} if config.extraction == "logprobs" else {}),
+        **({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if config.extraction == "logprobs" else {}),
         **config.request,
     }
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _said(reply: Any) -> Said:
+def _parsed_reply(reply: Any) -> Reply:
     try:
-        return said_in(reply)
+        return parse_reply(reply)
     except ValueError as error:
         raise BadReplyError(f"the endpoint's reply is none of a chat's: {error}.") from error
 

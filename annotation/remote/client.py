@@ -25,16 +25,16 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """First and longest pause before a retry, in seconds; pauses double, and up to half of each is random."""
 LONGEST_WAIT = 600.0
 """Longest Retry-After that is waited for, in seconds; if a server asks for more, the request fails."""
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 """Interval at which waiting tasks check whether the stage is to stop, in seconds."""
 MAX_BYTES = 64 << 20
 """Maximum size of a reply."""
-SHOWN = 200
+MAX_SHOWN = 200
 """Maximum characters of a reply in a message."""
 CONNECT_SECONDS = 10.0
-AGAIN = frozenset({408, 409, 425, 429})
+RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses below 500 that are retried."""
-FOR_ALL = frozenset({401, 402, 403, 404, 405, 410, 501})
+FATAL_STATUSES = frozenset({401, 402, 403, 404, 405, 410, 501})
 """Statuses that every request would meet."""
 
 
@@ -71,8 +71,8 @@ class Client:
         self.retried = 0
         """Number of retries."""
         self.halted = False
-        """Set by `work`: no further requests are sent."""
-        self._key = secret(key_variable)
+        """Set by `run_concurrently`: no further requests are sent."""
+        self._key = api_key(key_variable)
         self._resume = 0.0
         self._next = 0
 
@@ -117,11 +117,11 @@ class Client:
             try:
                 status, headers, text = await self._send(method, url, body)
                 if status < 300:
-                    return check(_parsed(url, headers, text, self.hidden))
+                    return check(_parsed(url, headers, text, self.redacted))
                 asked_for = _retry_after(headers)
                 error = self._error(url, status, headers, text)
             except BadReplyError as bad:
-                error = BadReplyError(self.hidden(str(bad)))
+                error = BadReplyError(self.redacted(str(bad)))
             except TransientError as transient:
                 error = transient
             if not left or not isinstance(error, TransientError | BadReplyError):
@@ -144,7 +144,7 @@ class Client:
             left = moment - time.monotonic()
             if left <= 0:
                 return
-            await asyncio.sleep(min(left, LOOK_SECONDS))
+            await asyncio.sleep(min(left, POLL_SECONDS))
         raise Halted
 
     async def _send(self, method: str, url: str, body: Any) -> tuple[int, Any, bytes]:
@@ -166,46 +166,46 @@ class Client:
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise WrongEndpointError(f"{url} is no address: {error}.") from error
         except httpx2.DecodingError as error:
-            raise BadReplyError(f"{url} sent what cannot be decoded: {self.hidden(str(error))}.") from error
+            raise BadReplyError(f"{url} sent what cannot be decoded: {self.redacted(str(error))}.") from error
         except httpx2.RequestError as error:
-            said = self.hidden(str(error)) or type(error).__name__
+            said = self.redacted(str(error)) or type(error).__name__
             raise TransientError(f"{url} could not be asked, or broke off: {said}.") from error
 
     def _error(self, url: str, status: int, headers: Any, content: bytes) -> Exception:
         said = f"{url} replied {status}{self._quoted(content)}"
         if 300 <= status < 400:
-            to = self.hidden(str(headers.get("location", "nowhere")))
+            to = self.redacted(str(headers.get("location", "nowhere")))
             return WrongEndpointError(
                 f"{url} replied {status}, a redirect to {to}, which is not followed: answers and the key would go "
                 "elsewhere. Set url to where it leads, if you trust that.",
                 status,
             )
-        if status in FOR_ALL:
+        if status in FATAL_STATUSES:
             fix = {401: "Check key_variable.", 403: "Check key_variable.", 404: "Check url and model."}
             return WrongEndpointError(f"{said}. {fix.get(status, 'Check url.')}", status)
-        if status in AGAIN or status >= 500:
-            return (TransientError if status in (*AGAIN, 502, 503, 504) else ServerError)(f"{said}.")
+        if status in RETRIED_STATUSES or status >= 500:
+            return (TransientError if status in (*RETRIED_STATUSES, 502, 503, 504) else ServerError)(f"{said}.")
         return UserError(f"{said}.")
 
     def _quoted(self, content: bytes) -> str:
-        text = " ".join(self.hidden(content[: 20 * SHOWN].decode(errors="replace")).split())
-        return f": {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}" if text else ""
+        text = " ".join(self.redacted(content[: 20 * MAX_SHOWN].decode(errors="replace")).split())
+        return f": {text[:MAX_SHOWN]}{'...' if len(text) > MAX_SHOWN else ''}" if text else ""
 
-    def hidden(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """A text with the key redacted."""
         return text.replace(self._key, "***") if self._key else text
 
 
-def work(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
+def run_concurrently(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
     """Run `do` for each number below `count`, at most `concurrency` at a time.
 
     When one raises an error, or the stage is asked to stop, no more are started, and those in progress are completed,
     as they may have been paid for.
     """
-    asyncio.run(_work(client, count, do, concurrency))
+    asyncio.run(_run_concurrently(client, count, do, concurrency))
 
 
-async def _work(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
+async def _run_concurrently(client: Client, count: int, do: Callable[[int], Awaitable[None]], concurrency: int) -> None:
     todo = iter(range(count))
     errors: list[Exception] = []
     client.halted = False
@@ -226,7 +226,7 @@ async def _work(client: Client, count: int, do: Callable[[int], Awaitable[None]]
     async with client:
         tasks = {asyncio.ensure_future(worker()) for _ in range(min(concurrency, count))}
         while tasks:
-            _, tasks = await asyncio.wait(tasks, timeout=LOOK_SECONDS)
+            _, tasks = await asyncio.wait(tasks, timeout=POLL_SECONDS)
             beat()
     if errors:
         raise errors[0]
@@ -234,7 +234,7 @@ async def _work(client: Client, count: int, do: Callable[[int], Awaitable[None]]
         stopping.leave()
 
 
-def secret(variable: str | None) -> str | None:
+def api_key(variable: str | None) -> str | None:
     """The key in an environment variable; None if `variable` is None.
 
     Raises:
@@ -262,12 +262,12 @@ def _library() -> Any:
     return httpx2
 
 
-def _parsed(url: str, headers: Any, content: bytes, hidden: Callable[[str], str]) -> Any:
+def _parsed(url: str, headers: Any, content: bytes, redacted: Callable[[str], str]) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         kind = str(headers.get("content-type", "")).partition(";")[0]
-        start = " ".join(hidden(content[: 20 * SHOWN].decode(errors="replace")).split())[:SHOWN]
+        start = " ".join(redacted(content[: 20 * MAX_SHOWN].decode(errors="replace")).split())[:MAX_SHOWN]
         raise BadReplyError(
             f"{url} replied with {kind or 'something'} that is no JSON: {start!r}. Check that url is that of the API."
         ) from error

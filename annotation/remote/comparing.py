@@ -1,13 +1,13 @@
 """The scorer kind `pairwise_judge`: asks a model behind an endpoint which of two answers is better.
 
-annotation/models/contests.py selects the comparisons, and turns their results into scores.
+annotation/models/comparisons.py selects the comparisons, and turns their results into scores.
 """
 
 import msgspec
 
-from annotation.models.contests import Contest, Contests, Result, contest, score, wanted
-from annotation.remote.asking import Asker, Inquiry, Judged, question_of
-from annotation.remote.readings import VERDICT, Reading
+from annotation.models.comparisons import Comparison, Opponents, Result, all_comparisons, comparison_of, score_of
+from annotation.remote.asking import Inquiry, InquiryResult, JudgeClient, question_of
+from annotation.remote.parsing import VERDICT, ReplyParser
 from annotation.remote.templates import COMPARE
 from annotation.samples import Sample
 from annotation.scorers.base import Opening
@@ -26,10 +26,10 @@ class PairwiseJudge:
 
     def __init__(self, config: PairwiseJudgeConfig, opening: Opening) -> None:
         verdicts = {name: value for name, value in VERDICTS.items() if config.extraction != "logprobs" or name != "tie"}
-        reading = Reading(config.extraction, config.pattern or VERDICT, config.json_key, verdicts)
+        parse = ReplyParser(config.extraction, config.pattern or VERDICT, config.json_key, verdicts)
         self.question = question_of(config, COMPARE)
-        self.contests = Contests(config.opponents, config.against)
-        self.asker = Asker(config, reading, opening)
+        self.opponents = Opponents(config.opponents, config.against)
+        self.judge = JudgeClient(config, parse, opening)
         self.facts: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.unread = ""
@@ -40,33 +40,39 @@ class PairwiseJudge:
         Reasons for which a sample is dropped: "no_judgement" if no comparison has verdicts in both orders (if some do,
         its score is their mean), "no_opponent" if its prompt has no other answer.
         """
-        rivals = self.contests.of(samples)
-        faults: dict[Contest, Fault] = {}
-        asked: dict[Contest, tuple[Inquiry, Inquiry]] = {}
-        for held, sample in wanted(samples, rivals).items():
+        opponents = self.opponents.of(samples)
+        faults: dict[Comparison, Fault] = {}
+        asked: dict[Comparison, tuple[Inquiry, Inquiry]] = {}
+        for comparison, sample in all_comparisons(samples, opponents).items():
             try:
-                asked[held] = (self._inquiry(sample, *held[1:]), self._inquiry(sample, held[2], held[1]))
+                asked[comparison] = (
+                    self._inquiry(sample, *comparison[1:]),
+                    self._inquiry(sample, comparison[2], comparison[1]),
+                )
             except UserError as error:
-                faults[held] = Fault(error)
-        judged = self.asker.ask([one for both in asked.values() for one in both], samples)
+                faults[comparison] = Fault(error)
+        judged = self.judge.ask([one for both in asked.values() for one in both], samples)
         both_orders = dict(zip(asked, zip(judged[::2], judged[1::2], strict=True), strict=True))
-        results: dict[Contest, Result] = {**faults, **{held: _result(*both) for held, both in both_orders.items()}}
-        known = [both for held, both in both_orders.items() if isinstance(results[held], float)]
-        self.unread = self.asker.unread
-        self.counts = self.asker.counts | {
+        results: dict[Comparison, Result] = {
+            **faults,
+            **{comparison: _result(*both) for comparison, both in both_orders.items()},
+        }
+        known = [both for comparison, both in both_orders.items() if isinstance(results[comparison], float)]
+        self.unread = self.judge.unread
+        self.counts = self.judge.counts | {
             "comparisons": len(known),
             "consistent": sum(_leaning(one) == -_leaning(other) for one, other in known),
         }
         return [
-            _with_explanation(score(sample, others, results), sample, others, both_orders)
-            for sample, others in zip(samples, rivals, strict=True)
+            _with_explanation(score_of(sample, others, results), sample, others, both_orders)
+            for sample, others in zip(samples, opponents, strict=True)
         ]
 
     def _inquiry(self, sample: Sample, first: str, second: str) -> Inquiry:
         return Inquiry(sample, self.question.messages(sample.rollout, first=first, second=second))
 
 
-def _result(forwards: Judged, backwards: Judged) -> Result:
+def _result(forwards: InquiryResult, backwards: InquiryResult) -> Result:
     """The probability that the first answer is better."""
     for judged in (forwards, backwards):
         if judged.fault is not None:
@@ -76,19 +82,22 @@ def _result(forwards: Judged, backwards: Judged) -> Result:
     return (forwards.mean + 1 - backwards.mean) / 2
 
 
-def _leaning(judged: Judged) -> int:
+def _leaning(judged: InquiryResult) -> int:
     """1 if the verdicts favour the answer shown first, -1 if they favour the other, 0 for a tie."""
     return (judged.mean > 0.5) - (judged.mean < 0.5)
 
 
 def _with_explanation(
-    found: Score | str | Fault, sample: Sample, others: list[str], judged: dict[Contest, tuple[Judged, Judged]]
+    found: Score | str | Fault,
+    sample: Sample,
+    others: list[str],
+    judged: dict[Comparison, tuple[InquiryResult, InquiryResult]],
 ) -> Score | str | Fault:
-    """A score with the judge's explanation of the sample's first contest, in the order that shows the sample as A."""
+    """A score with the judge's explanation of the sample's first comparison, in which the sample is answer A."""
     if not isinstance(found, Score):
         return found
     for other in others:
-        held = contest(sample, other)
-        if held in judged and (said := judged[held][held[1] != sample.completion.text].said):
-            return msgspec.structs.replace(found, extras={"against": other, "explanation": said[0]})
+        comparison = comparison_of(sample, other)
+        if comparison in judged and (texts := judged[comparison][comparison[1] != sample.completion.text].texts):
+            return msgspec.structs.replace(found, extras={"against": other, "explanation": texts[0]})
     return found

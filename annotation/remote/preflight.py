@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from annotation.remote.asking import check_question
-from annotation.remote.client import BadReplyError, Client, WrongEndpointError, is_reachable, secret
+from annotation.remote.client import BadReplyError, Client, WrongEndpointError, api_key, is_reachable
 from annotation.scorers.remote import JudgeSettings, RemoteSettings
 from contracts.errors import TransientError, UserError, did_you_mean
 from contracts.preflight import Finding
 
 SECONDS = 10.0
-NAMED = 5
+MAX_NAMES = 5
 
 
 def check_judge(config: JudgeSettings) -> Iterator[Finding]:
     """Check a judge's question template and key, and whether its endpoint serves the model."""
     check_question(config)
-    secret(config.key_variable)
+    api_key(config.key_variable)
     later = "It may be started later; the stage waits for it as long as retries allows."
     try:
         served = asyncio.run(_models(config))
@@ -33,7 +33,7 @@ def check_judge(config: JudgeSettings) -> Iterator[Finding]:
         yield Finding("warning", str(error))
         return
     if config.model not in served:
-        names = ", ".join(served[:NAMED]) + (", ..." if len(served) > NAMED else "")
+        names = ", ".join(served[:MAX_NAMES]) + (", ..." if len(served) > MAX_NAMES else "")
         found = f"{config.base} serves no model {config.model!r}, but {names or 'none'}."
         yield Finding("error", f"{found}{did_you_mean(config.model, served)}", "Set model to one that it serves.")
     else:
@@ -56,13 +56,13 @@ def _names(reply: Any) -> list[str]:
 
 def check_service(config: RemoteSettings, urls: list[str]) -> Iterator[Finding]:
     """Check a service's key, and whether a server listens at each of its URLs."""
-    secret(config.key_variable)
+    api_key(config.key_variable)
     for url in urls:
         if problem := is_reachable(url, SECONDS):
             yield Finding(
                 "warning",
-                f"nobody listens at {url}: {problem}.",
+                f"no server listens at {url}: {problem}.",
                 "It may be started later; the stage waits for it as long as retries allows.",
             )
         else:
-            yield Finding("ok", f"somebody listens at {url}")
+            yield Finding("ok", f"a server listens at {url}")

@@ -1,7 +1,7 @@
 """The scorer kind `judge`: asks a model behind an endpoint to rate each answer."""
 
-from annotation.remote.asking import Asker, Inquiry, Judged, question_of
-from annotation.remote.readings import RATING, Reading
+from annotation.remote.asking import Inquiry, InquiryResult, JudgeClient, question_of
+from annotation.remote.parsing import RATING, ReplyParser
 from annotation.remote.templates import RATE
 from annotation.samples import Sample
 from annotation.scorers.base import Opening
@@ -17,9 +17,9 @@ class RatingJudge:
 
     def __init__(self, config: RatingSettings, opening: Opening) -> None:
         scale = (config.lowest, config.highest)
-        reading = Reading(config.extraction, config.pattern or RATING, config.json_key, scale)
+        parse = ReplyParser(config.extraction, config.pattern or RATING, config.json_key, scale)
         self.question = question_of(config, RATE, low=config.lowest, high=config.highest)
-        self.asker = Asker(config, reading, opening)
+        self.judge = JudgeClient(config, parse, opening)
         self.facts: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.unread = ""
@@ -38,18 +38,18 @@ class RatingJudge:
                 faults[index] = Fault(error)
             else:
                 inquiries[index] = Inquiry(sample, messages)
-        judged = dict(zip(inquiries, self.asker.ask(list(inquiries.values()), samples), strict=True))
-        self.counts, self.unread = self.asker.counts, self.asker.unread
+        judged = dict(zip(inquiries, self.judge.ask(list(inquiries.values()), samples), strict=True))
+        self.counts, self.unread = self.judge.counts, self.judge.unread
         return [
             faults[index] if index in faults else _score(sample, judged[index]) for index, sample in enumerate(samples)
         ]
 
 
-def _score(sample: Sample, judged: Judged) -> Score | str | Fault:
+def _score(sample: Sample, judged: InquiryResult) -> Score | str | Fault:
     if judged.fault is not None:
         return judged.fault
     if not judged.values:
         return NO_JUDGEMENT
     several = len(judged.votes) > 1
     parts = {f"vote_{number}": vote[0] for number, vote in enumerate(judged.votes, 1) if vote is not None and several}
-    return sample.scored(judged.mean, parts=parts, extras={"explanation": judged.said[0]})
+    return sample.scored(judged.mean, parts=parts, extras={"explanation": judged.texts[0]})

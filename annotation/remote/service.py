@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from annotation.remote.client import BadReplyError, Client, ServerError, WrongEndpointError, work
+from annotation.remote.client import BadReplyError, Client, ServerError, WrongEndpointError, run_concurrently
 from annotation.samples import Sample
 from annotation.scorers.base import Opening
 from annotation.scorers.http import HttpSettings
@@ -59,7 +59,7 @@ class RewardService:
         async def send(number: int) -> None:
             await self._send(samples, batches[number], note)
 
-        work(self.client, len(batches), send, self.config.concurrency)
+        run_concurrently(self.client, len(batches), send, self.config.concurrency)
 
     async def _send(
         self, samples: Sequence[Sample], batch: range, note: Callable[[dict[int, FunctionResult]], None]
@@ -67,7 +67,7 @@ class RewardService:
         """Score a batch. If the service fails on it, send its halves, so that only the samples that cause it fail."""
         asked = [samples[index] for index in batch]
         try:
-            said = await self.client.ask("POST", "", self.body(asked), lambda reply: self.read(reply, len(asked)))
+            results = await self.client.ask("POST", "", self.body(asked), lambda reply: self.read(reply, len(asked)))
         except WrongEndpointError:
             raise
         except (UserError, TransientError) as error:
@@ -78,7 +78,7 @@ class RewardService:
                 return
             note({index: Fault(type(error)(f"{self._named(samples[index])}: {error}")) for index in batch})
             return
-        note({index: self._result(samples[index], value) for index, value in zip(batch, said, strict=True)})
+        note({index: self._result(samples[index], value) for index, value in zip(batch, results, strict=True)})
 
     def _result(self, sample: Sample, value: Any) -> FunctionResult:
         found = convert_result(value, _given(sample), tokens=True)

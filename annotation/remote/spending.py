@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from annotation.remote.answers import Said
+from annotation.remote.replies import Reply
 from annotation.samples import Sample
 from annotation.workers.journal import complete_lines
 from contracts.errors import UserError
@@ -41,24 +41,24 @@ class Spending:
 
     def _stop(self, what: str) -> None:
         raise UserError(
-            f"the judge has cost {what}. What it has said is kept: raise the limit, and the same command goes on from "
+            f"the judge has cost {what}. Its replies are kept: raise the limit, and the same command goes on from "
             "there."
         )
 
-    def add(self, sample: Sample, said: Said) -> None:
+    def add(self, sample: Sample, reply: Reply) -> None:
         """Record the payment for a reply.
 
         Raises:
             UserError: there is a limit, and the server does not report token usage.
         """
-        entry = (sample.rollout.prompt_id, sample.completion.sample, said.prompt_tokens, said.completion_tokens)
+        entry = (sample.rollout.prompt_id, sample.completion.sample, reply.prompt_tokens, reply.completion_tokens)
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(entry) + b"\n")
         self._paid.append(entry)
-        self.prompt_tokens += said.prompt_tokens
-        self.completion_tokens += said.completion_tokens
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
         limited = self.max_tokens is not None or self.max_cost is not None
-        if limited and not said.prompt_tokens + said.completion_tokens:
+        if limited and not reply.prompt_tokens + reply.completion_tokens:
             raise UserError(
                 "the endpoint does not say how many tokens an answer took (`usage`), so max_tokens_total and max_cost "
                 "cannot be held. Leave them out, and limit the key where it was made."

@@ -19,8 +19,8 @@ from remote_world import Handler, Server, cut_off, drip, html, serving
 
 from annotation.preflight import check_scorer
 from annotation.remote import client as client_module
-from annotation.remote.answers import Said, Token
-from annotation.remote.readings import RATING, VERDICT, Reading
+from annotation.remote.parsing import RATING, VERDICT, ReplyParser
+from annotation.remote.replies import Reply, Token
 from annotation.scorers import score_config
 from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
@@ -173,8 +173,8 @@ READ = {
 
 @pytest.mark.parametrize("text", READ)
 def test_what_a_rating_is(text: str) -> None:
-    assert Reading("pattern", RATING, "", (1, 10))(Said(text, "stop", 1, 1)) == READ[text]
-    assert Reading("pattern", RATING, "", (1, 10))(Said(text, "length", 1, 1)) is None
+    assert ReplyParser("pattern", RATING, "", (1, 10))(Reply(text, "stop", 1, 1)) == READ[text]
+    assert ReplyParser("pattern", RATING, "", (1, 10))(Reply(text, "length", 1, 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_what_a_rating_is(text: str) -> None:
 )  # fmt: skip
 def test_what_a_verdict_is(text: str, value: float | None) -> None:
     verdicts = {"a": 1.0, "b": 0.0, "tie": 0.5}
-    assert Reading("pattern", VERDICT, "", verdicts)(Said(text, "stop", 1, 1)) == value
+    assert ReplyParser("pattern", VERDICT, "", verdicts)(Reply(text, "stop", 1, 1)) == value
 
 
 @pytest.mark.parametrize(
@@ -200,19 +200,19 @@ def test_what_a_verdict_is(text: str, value: float | None) -> None:
     ],
 )  # fmt: skip
 def test_a_rating_in_json(text: str, value: float | None) -> None:
-    assert Reading("json", RATING, "judgement", (1, 10))(Said(text, "stop", 1, 1)) == value
+    assert ReplyParser("json", RATING, "judgement", (1, 10))(Reply(text, "stop", 1, 1)) == value
 
 
 def test_the_mean_of_what_could_stand_in_the_ratings_place() -> None:
-    reading = Reading("logprobs", RATING, "", (1, 5))
+    reading = ReplyParser("logprobs", RATING, "", (1, 5))
     top = [("4", -0.5), (" 5", -1.5), ("5", -3.0), ("good", -0.1), ("9", -1.0), ("1", float("-inf"))]
     tokens = [Token("Rating", []), Token(":", []), Token(" 4", top), Token(".", [("5", -0.1)])]
     four, five = math.exp(-0.5), math.exp(-1.5) + math.exp(-3.0)
-    assert reading(Said("", "length", 1, 1, tokens)) == pytest.approx((4 * four + 5 * five) / (four + five))
-    assert reading(Said("4", "length", 1, 1, [Token("4", top)])) is not None
-    assert reading(Said("", "stop", 1, 1, [Token("Rating: 4", top)])) is None, "not a token of its own"
-    assert reading(Said("4", "stop", 1, 1, [Token("4", [("good", -0.1)])])) is None
-    assert reading(Said("4", "stop", 1, 1, None)) is None
+    assert reading(Reply("", "length", 1, 1, tokens)) == pytest.approx((4 * four + 5 * five) / (four + five))
+    assert reading(Reply("4", "length", 1, 1, [Token("4", top)])) is not None
+    assert reading(Reply("", "stop", 1, 1, [Token("Rating: 4", top)])) is None, "not a token of its own"
+    assert reading(Reply("4", "stop", 1, 1, [Token("4", [("good", -0.1)])])) is None
+    assert reading(Reply("4", "stop", 1, 1, None)) is None
 
 
 def test_an_answer_without_a_rating_is_asked_for_again_and_then_dropped(tmp_path: Path, answers: Artifact) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
-import annotation.models.reading
-from annotation.models.batching import ahead, chunks, row_batches, shared_row
+import annotation.models.reader
+from annotation.models.batching import chunks, prefetch, row_batches, shared_row
 from annotation.models.loading import open_model
 from annotation.samples import Sample
 from annotation.scorers import score_config
@@ -74,7 +74,7 @@ def own_reward(model, ids):
 @pytest.mark.parametrize("packing", ["shared", "padded"])
 def test_rewards_equal_the_models_own_whatever_is_beside_them(tmp_path, reward, batch_tokens, packing, monkeypatch):
     if packing == "padded":
-        monkeypatch.setattr(annotation.models.reading, "support_of", lambda config: "padded")
+        monkeypatch.setattr(annotation.models.reader, "support_of", lambda config: "padded")
     samples = samples_of([rollout(number, k) for number, k in enumerate([4, 1, 8, 3, 2, 4])])
     scorer = open_scorer(tmp_path, reward, batch_tokens=batch_tokens)
     assert scorer.facts["packing"] == packing
@@ -112,9 +112,9 @@ def test_a_model_that_sharing_changes_reads_padded_batches(tmp_path, models, kin
     samples = samples_of(make_rollouts(5, 4))
     shared = open_scorer(tmp_path, model, kind)
     expected = shared(samples)
-    packed = annotation.models.reading.ModelReader._shared
+    packed = annotation.models.reader.ModelReader._shared
     monkeypatch.setattr(
-        annotation.models.reading.ModelReader,
+        annotation.models.reader.ModelReader,
         "_shared",
         lambda self, rows: [[[each + 1e-3 for each in one] for one in row] for row in packed(self, rows)],
     )
@@ -172,7 +172,7 @@ def test_token_scores_do_not_depend_on_the_packing(tmp_path, models, kind, monke
     rollouts[1] = msgspec.structs.replace(rollouts[1], completions=tuple(answers))
     samples = samples_of(rollouts)[:-3]
     found = open_scorer(tmp_path, model, kind)(samples)
-    monkeypatch.setattr(annotation.models.reading, "support_of", lambda config: "padded")
+    monkeypatch.setattr(annotation.models.reader, "support_of", lambda config: "padded")
     for one, other in zip(found, open_scorer(tmp_path, model, kind, max_length=63)(samples), strict=True):
         if isinstance(one, str):
             assert one == other == "empty"
@@ -214,13 +214,13 @@ def test_a_shared_row_is_its_sequences(sequences):
 
 
 def test_what_is_made_ahead_comes_in_order_and_fails_where_it_did():
-    assert list(ahead(chunks(range(7), lambda _: 1, 3))) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(prefetch(chunks(range(7), lambda _: 1, 3))) == [[0, 1, 2], [3, 4, 5], [6]]
 
     def failing():
         yield 1
         raise ValueError("two")
 
-    made = ahead(failing())
+    made = prefetch(failing())
     assert next(made) == 1
     with pytest.raises(ValueError, match="two"):
         next(made)
@@ -234,7 +234,7 @@ def test_reference_logprobs_of_a_model_without_a_known_head_are_its_own(tmp_path
 
     samples = samples_of(make_rollouts(2, 2))
     expected = open_scorer(tmp_path, models["tied"], "logprobs")(samples)
-    monkeypatch.setattr(annotation.models.reading, "head_shape", unknown)
+    monkeypatch.setattr(annotation.models.reader, "head_shape", unknown)
     scorer = open_scorer(tmp_path, models["tied"], "logprobs", max_length=63)
     assert scorer.facts["packing"] == "padded"
     for one, other in zip(scorer(samples), expected, strict=True):

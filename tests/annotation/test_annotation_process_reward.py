@@ -13,9 +13,9 @@ from annotation_world import publish_rollouts, tiny_config
 from byte_level import CHATML, CHATML_TOKENS, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, Qwen2Config
 
-import annotation.models.reading
+import annotation.models.reader
 from annotation.models.loading import open_model
-from annotation.models.steps import aggregated, divide, token_rewards
+from annotation.models.steps import aggregate, divide, token_rewards
 from annotation.samples import Sample
 from annotation.scorers import score_config
 from annotation.scorers.base import Opening
@@ -137,7 +137,7 @@ def expected(model, rollout, text, *, turns=False):
 @pytest.mark.parametrize("way", ["classifier", "marker", "turns"])
 def test_steps_are_scored_as_transformers_does(tmp_path, request, policy, way, packing, monkeypatch):
     if packing == "padded":
-        monkeypatch.setattr(annotation.models.reading, "support_of", lambda config: "padded")
+        monkeypatch.setattr(annotation.models.reader, "support_of", lambda config: "padded")
     model = request.getfixturevalue("classifier" if way == "classifier" else "causal")
     keys = {"layout": "turns"} if way == "turns" else {}
     asked = [rollout(policy), rollout(policy, ANSWERS[:1], "And 3 + 3?")]
@@ -176,7 +176,7 @@ def test_steps_at_the_limit_are_scored_and_over_it_dropped(tmp_path, classifier,
     _, whole = scored(tmp_path, classifier, policy, [asked])
     config = config_of(tmp_path, classifier, policy)
     scorer = open_model(config, Opening(tmp_path, lambda: 0))
-    questions = [scorer.steps.question(Sample(asked, one), divide(one.text, SEPARATOR)) for one in asked.completions]
+    questions = [scorer.steps.inputs_of(Sample(asked, one), divide(one.text, SEPARATOR)) for one in asked.completions]
     shorter, longer = (len(question.ids) for question in questions)
     _, found = scored(tmp_path, classifier, policy, [asked], max_length=longer - 1)
     assert found[1] == "too_long"
@@ -195,7 +195,7 @@ def test_two_layer_heads_are_read(tmp_path, policy):
     check_weights(model, "token classifier")
     asked = rollout(policy, ANSWERS[:1])
     scorer, (found,) = scored(tmp_path, model, policy, [asked])
-    question = scorer.steps.question(Sample(asked, asked.completions[0]), divide(ANSWERS[0], SEPARATOR))
+    question = scorer.steps.inputs_of(Sample(asked, asked.completions[0]), divide(ANSWERS[0], SEPARATOR))
     read = load_token_classifier(model, torch.float32).eval()
     with torch.no_grad():
         states = read.model(torch.tensor([question.ids])).last_hidden_state[0, question.places]
@@ -208,7 +208,7 @@ def test_separators_may_stay(tmp_path, classifier, policy):
     config = config_of(tmp_path, classifier, policy, **keys)
     scorer = open_model(config, Opening(tmp_path, lambda: 0))
     asked = rollout(policy, ["Step 1: a\nStep 2: b"])
-    question = scorer.steps.question(
+    question = scorer.steps.inputs_of(
         Sample(asked, asked.completions[0]), divide("Step 1: a\nStep 2: b", config.pattern)
     )
     assert scorer.steps.chat.tokenizer.decode(question.ids).endswith("Step 1: a<extra_0>\nStep 2: b<extra_0>")
@@ -275,7 +275,7 @@ def test_steps_and_what_is_made_of_them():
     assert [(step.start, step.end) for step in divide(" a \n\n\n\nb\n\n", SEPARATOR)] == [(1, 2), (7, 8)]
     assert divide(" \n\n", SEPARATOR) == [(0, 0)]
     scores = [0.5, 0.25, 0.75]
-    found = {how: aggregated(scores, how) for how in ("min", "product", "mean", "last", "sum")}
+    found = {how: aggregate(scores, how) for how in ("min", "product", "mean", "last", "sum")}
     assert found == {"min": 0.25, "product": math.prod(scores), "mean": 0.5, "last": 0.75, "sum": 1.5}
     assert token_rewards(scores, [1, 2, 4], 6, differences=False) == (0, 0.5, 0.25, 0, 0.75, 0)
     assert token_rewards(scores, [1, 2, 4], 6, differences=True) == (0, 0.5, -0.25, 0, 0.5, 0)

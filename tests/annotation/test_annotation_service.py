@@ -214,7 +214,7 @@ def test_preflight_says_whether_somebody_listens() -> None:
         return [(finding.level, finding.found) for finding in findings_of(lambda: check_scorer(stage))]
 
     with serving(lengths) as server:
-        assert findings(server.url) == [("ok", f"somebody listens at {server.url}")]
+        assert findings(server.url) == [("ok", f"a server listens at {server.url}")]
         assert server.asked == []
     ((level, found),) = findings(server.url)
-    assert (level, "nobody listens" in found) == ("warning", True)
+    assert (level, "no server listens" in found) == ("warning", True)

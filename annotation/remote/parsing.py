@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from annotation.remote.answers import Said, Token
+from annotation.remote.replies import Reply, Token
 
 _BETWEEN = r"[\s*_:=\"'\[`]*"
 RATING = rf"(?i)\brating\b{_BETWEEN}(-?\d+(?:\.\d+)?)(?![\d.]*\d)"
@@ -19,7 +19,7 @@ THOUGHT = "</think>"
 """Ends the reasoning of a thinking model, which is not searched."""
 
 
-class Reading:
+class ReplyParser:
     """Reads replies of one form."""
 
     def __init__(self, form: str, pattern: str, key: str, values: Mapping[str, float] | tuple[float, float]) -> None:
@@ -33,15 +33,15 @@ class Reading:
         """
         self.form, self.pattern, self.key, self.values = form, re.compile(pattern), key, values
 
-    def __call__(self, said: Said) -> float | None:
+    def __call__(self, reply: Reply) -> float | None:
         """The number in a reply, or None."""
         if self.form == "logprobs":
-            return self._expected(said.tokens or [])
-        if said.finish_reason == "length":  # truncated before its judgement
+            return self._expected(reply.tokens or [])
+        if reply.finish_reason == "length":  # truncated before its judgement
             return None
         if self.form == "json":
-            return self._value(_from_json(said.text, self.key))
-        found = self._find(said.text)
+            return self._value(_from_json(reply.text, self.key))
+        found = self._find(reply.text)
         return None if found is None else self._value(found[0])
 
     def _find(self, text: str) -> tuple[str, int] | None:

@@ -13,30 +13,30 @@ from contracts.artifacts import Artifact
 from contracts.faults import Fault
 from contracts.records import ROLLOUTS, Rollout, Score
 
-Contest = tuple[str, str, str]
-"""A prompt's id and two different answers to it, in alphabetical order, so that both answers share one contest."""
+Comparison = tuple[str, str, str]
+"""A prompt's id and two different answers to it, in alphabetical order, so that both answers share one comparison."""
 Result = float | str | Fault
 """The probability that the first answer is better, or the reason for which it is unknown."""
 
 
-class Contests:
-    """The contests of each sample, against the other answers to its prompt or against those of other rollouts."""
+class Opponents:
+    """Selects each sample's opponents, among the other answers to its prompt or among those of other rollouts."""
 
-    def __init__(self, opponents: int | None, against: Path | None) -> None:
-        """`opponents`: number of answers that each is compared with; None: all. `against`: published rollouts."""
-        self.opponents = opponents
+    def __init__(self, count: int | None, against: Path | None) -> None:
+        """`count`: number of answers that each is compared with; None: all. `against`: published rollouts."""
+        self.count = count
         self.against = None if against is None else _answers(against)
 
     def of(self, samples: Sequence[Sample]) -> list[list[str]]:
         """The answers that each sample is compared with. They include its own text if another sample has the same."""
-        return list(self._rivals(samples))
+        return list(self._select(samples))
 
-    def _rivals(self, samples: Sequence[Sample]) -> Iterator[list[str]]:
+    def _select(self, samples: Sequence[Sample]) -> Iterator[list[str]]:
         """The opponents of each sample. If they are limited, these are its nearest neighbours in the ring of the
         prompt's answers: opponents are then mostly mutual, which halves the number of comparisons."""
         if self.against is not None:
             for sample in samples:
-                yield self.against.get(sample.rollout.prompt_id, [])[: self.opponents]
+                yield self.against.get(sample.rollout.prompt_id, [])[: self.count]
             return
         rings: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
@@ -45,42 +45,42 @@ class Contests:
             ring = rings[sample.rollout.prompt_id]
             place, size = ring.index(index), len(ring)
             steps = [step for distance in range(1, size // 2 + 1) for step in (distance, -distance)][: size - 1]
-            yield [samples[ring[(place + step) % size]].completion.text for step in steps[: self.opponents]]
+            yield [samples[ring[(place + step) % size]].completion.text for step in steps[: self.count]]
 
 
-def wanted(samples: Sequence[Sample], rivals: Sequence[Sequence[str]]) -> dict[Contest, Sample]:
-    """All contests, each with the first sample that takes part in it; identical answers have no contest."""
-    found: dict[Contest, Sample] = {}
-    for sample, others in zip(samples, rivals, strict=True):
+def all_comparisons(samples: Sequence[Sample], opponents: Sequence[Sequence[str]]) -> dict[Comparison, Sample]:
+    """All comparisons, each with the first sample that takes part in it; identical answers have no comparison."""
+    found: dict[Comparison, Sample] = {}
+    for sample, others in zip(samples, opponents, strict=True):
         for other in others:
             if other != sample.completion.text:
-                found.setdefault(contest(sample, other), sample)
+                found.setdefault(comparison_of(sample, other), sample)
     return found
 
 
-def contest(sample: Sample, other: str) -> Contest:
-    """The contest of a sample and another answer."""
+def comparison_of(sample: Sample, other: str) -> Comparison:
+    """The comparison of a sample and another answer."""
     first, second = sorted((sample.completion.text, other))
     return sample.rollout.prompt_id, first, second
 
 
-def score(sample: Sample, others: Sequence[str], results: Mapping[Contest, Result]) -> Score | str | Fault:
+def score_of(sample: Sample, others: Sequence[str], results: Mapping[Comparison, Result]) -> Score | str | Fault:
     """A sample's mean probability to win; identical answers tie.
 
-    If no contest has a result, the reason why one of them has none, or "no_opponent". A comparison that fails makes
+    If no comparison has a result, the reason why one of them has none, or "no_opponent". A comparison that fails makes
     both of its samples fail.
     """
     chances: list[float] = []
     reason = "no_opponent"
     for other in others:
-        held = contest(sample, other)
-        result = 0.5 if other == sample.completion.text else results[held]
+        comparison = comparison_of(sample, other)
+        result = 0.5 if other == sample.completion.text else results[comparison]
         if isinstance(result, Fault):
             return result
         if isinstance(result, str):
             reason = result
         else:
-            chances.append(result if held[1] == sample.completion.text else 1 - result)
+            chances.append(result if comparison[1] == sample.completion.text else 1 - result)
     return sample.scored(sum(chances) / len(chances)) if chances else reason
 
 

@@ -28,7 +28,7 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
     top: list[tuple[str, float]]
 
 
-class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """A judge's reply."""
 
     text: str
@@ -39,7 +39,7 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     """The reply's tokens, if log-probabilities were requested."""
 
 
-class AnswerCache:
+class ReplyCache:
     """A folder of cached replies."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -51,14 +51,14 @@ class AnswerCache:
         """The cache key of a request on its attempt number `ask`, from 0."""
         return digest({"format": FORMAT, "body": body, "ask": ask})
 
-    def get(self, key: str) -> Said | None:
+    def get(self, key: str) -> Reply | None:
         """The cached reply, or None."""
         try:
-            return msgspec.json.decode(self._path(key).read_bytes(), type=Said)
+            return msgspec.json.decode(self._path(key).read_bytes(), type=Reply)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
-    def put(self, key: str, said: Said) -> None:
+    def put(self, key: str, reply: Reply) -> None:
         """Store a reply.
 
         Raises:
@@ -67,7 +67,7 @@ class AnswerCache:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, msgspec.json.encode(said), durable=False)
+            write_atomically(path, msgspec.json.encode(reply), durable=False)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(
                 f"{path.parent}: {os.strerror(error.errno or 0)}; what the judge says is kept there. Set "
@@ -78,7 +78,7 @@ class AnswerCache:
         return self.folder / key[:2] / f"{key}.json"
 
 
-def said_in(reply: Any) -> Said:
+def parse_reply(reply: Any) -> Reply:
     """Parse the response body of `/chat/completions`.
 
     Raises:
@@ -98,7 +98,7 @@ def said_in(reply: Any) -> Said:
         raise ValueError(f"content is no text, or usage no counts, in {json.dumps(reply)[:200]}")
     reason = choice.get("finish_reason")
     reason = reason if isinstance(reason, str) else None
-    return Said(text or "", reason, asked, given, _tokens(choice.get("logprobs")))
+    return Reply(text or "", reason, asked, given, _tokens(choice.get("logprobs")))
 
 
 def _tokens(logprobs: Any) -> list[Token] | None:
