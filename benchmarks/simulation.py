@@ -47,7 +47,7 @@ from pipelines.execution.driver import Driver  # noqa: E402
 from pipelines.execution.executors.base import Site  # noqa: E402
 from pipelines.graph import Graph, Node  # noqa: E402
 from pipelines.insight.driver_time import driver_costs  # noqa: E402
-from pipelines.insight.simulating import simulated  # noqa: E402
+from pipelines.insight.plan_simulation import simulate_plan  # noqa: E402
 from pipelines.job import ENTRY  # noqa: E402
 from pipelines.planning.cluster import cluster_of  # noqa: E402
 from pipelines.planning.placement import placed_graph  # noqa: E402
@@ -223,7 +223,7 @@ def real_stages(recipe: str, keys: list[str], iterations: int, runs: int) -> lis
             overrides = [*keys, f"directory={folder}/{number}"]
             plan = plan_run(recipe, overrides, iterations, download=False)
             before = [RunDirectory(Path(folder, f"{number - 1}", plan.config.name))] if number else []
-            view = simulated(plan, None, before, draws=1)
+            view = simulate_plan(plan, None, before, draws=1)
             command = [
                 sys.executable,
                 "-m",

@@ -25,11 +25,11 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.insight.gantt import picture
 from pipelines.insight.plan import as_json, check_plan, events_of, print_plan, view_plan
-from pipelines.insight.searching import SearchView, fastest, print_search, require_lags, searched, settings_of
-from pipelines.insight.searching import as_json as searches_as_json
-from pipelines.insight.simulating import DRAWS, simulated
-from pipelines.insight.simulation import as_json as simulation_as_json
-from pipelines.insight.simulation import print_simulation
+from pipelines.insight.plan_search import SearchView, fastest, parse_lags, print_search, run_search, search_settings
+from pipelines.insight.plan_search import as_json as searches_as_json
+from pipelines.insight.plan_simulation import DRAWS, simulate_plan
+from pipelines.insight.simulation_view import as_json as simulation_as_json
+from pipelines.insight.simulation_view import print_simulation
 from pipelines.planning.cluster import cluster_of_machines, configured_cluster
 from pipelines.planning.entries import check_entries
 from pipelines.planning.placement import placed_graph
@@ -110,15 +110,15 @@ def _search(options: argparse.Namespace) -> None:
         raise UserError(f"--seconds is {options.seconds:g}; it must be more than 0.")
     machines = read_machines(options.cluster) if options.cluster is not None else None
     runs = [RunDirectory.existing(path) for path in options.runs]
-    lags = [[]] if options.lags is None else [[f"lag={lag}"] for lag in require_lags(options.lags)]
+    lags = [[]] if options.lags is None else [[f"lag={lag}"] for lag in parse_lags(options.lags)]
     found: list[tuple[SearchView, PlacementSection]] = []
     asked: list[list[str]] = []
     for lag in lags:
         config, iterations, _ = read_run(options.config, [*options.overrides, *lag], options.iters, download=False)
-        settings = settings_of(config, iterations, machines, runs)
+        settings = search_settings(config, iterations, machines, runs)
         each = options.seconds / len(lags) / len(settings)
         asked += [[*options.overrides, *lag]] * len(settings)
-        found += [searched(setting, seed=options.seed, seconds=each, take=options.take) for setting in settings]
+        found += [run_search(setting, seed=options.seed, seconds=each, take=options.take) for setting in settings]
     views = [view for view, _ in found]
     taken = fastest(views)
     if options.output is not None:
@@ -165,7 +165,7 @@ def _simulate(options: argparse.Namespace) -> int:
         cluster=configured_cluster if machines is None else partial(cluster_of_machines, section=machines),
     )
     runs = [RunDirectory.existing(path) for path in options.runs]
-    view = simulated(wanted, machines, runs, draws=options.draws, seed=options.seed)
+    view = simulate_plan(wanted, machines, runs, draws=options.draws, seed=options.seed)
     if options.svg is not None:
         options.svg.write_text(picture(view.plan))
     if options.json:

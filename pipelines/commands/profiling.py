@@ -20,11 +20,11 @@ from pipelines.insight.profiles import (
     PROMPTS,
     STEPS,
     as_json,
-    known_stages,
-    print_known,
+    predict_stages,
+    print_predictions,
     print_profiles,
     short_overrides,
-    with_needs,
+    with_dependencies,
 )
 from pipelines.job import ENTRY
 from pipelines.planning.entries import check_entries
@@ -60,7 +60,7 @@ def _profile(options: argparse.Namespace) -> None:
     place = [f"directory={home() / 'profiling'}", f"name=short-{digest([options.source, shortened])[:12]}"]
     overrides = [*options.overrides, *shortened]
     brief = plan_run(options.source, [*overrides, *place], 1, download=not options.list)
-    known = known_stages(wanted.graph, brief.graph, predictor_for(wanted.config))
+    known = predict_stages(wanted.graph, brief.graph, predictor_for(wanted.config))
     holes = [name for group in known if group.is_hole or (options.all and group.basis == "scaled")
              for name in group.stages]  # fmt: skip
     console = make_console(stderr=options.json)
@@ -68,16 +68,16 @@ def _profile(options: argparse.Namespace) -> None:
         if options.json:
             print(as_json(known, overrides))
         else:
-            print_known(console, known)
+            print_predictions(console, known)
             if holes:
-                graph = with_needs(brief.graph, holes)
+                graph = with_dependencies(brief.graph, holes)
                 echo(console, f"A short run of {plural(len(graph.nodes), 'stage')} shows it: pipeline profile "
                     f"{options.source}, which is a run with {' '.join(overrides)}.")  # fmt: skip
         return
     if not ProfileStore().is_kept:
         raise UserError(f"{FOLDER}={OFF}: no profiles are kept. Unset it, or name a folder.")
     require_home()
-    graph = with_needs(brief.graph, holes)
+    graph = with_dependencies(brief.graph, holes)
     config = brief.config
     run = RunDirectory(config.run_directory)
     site = Site(run, graph, config, ENTRY)
@@ -93,12 +93,12 @@ def _profile(options: argparse.Namespace) -> None:
     rows = profiles_of(run)
     ProfileStore().append(rows)
     shutil.rmtree(run.path)
-    now = known_stages(wanted.graph, brief.graph, predictor_for(wanted.config))
+    now = predict_stages(wanted.graph, brief.graph, predictor_for(wanted.config))
     if options.json:
         print(as_json(now, overrides))
     else:
         print_profiles(console, rows)
-        print_known(console, now)
+        print_predictions(console, now)
 
 
 def _list(options: argparse.Namespace) -> None:

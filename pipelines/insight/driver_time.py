@@ -12,7 +12,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StagePublished, StageStarted
 
 
-def costs_here(config: RunConfig, runs: Iterable[RunDirectory] = ()) -> DriverCosts | None:
+def local_driver_costs(config: RunConfig, runs: Iterable[RunDirectory] = ()) -> DriverCosts | None:
     """The driver's median cost in the runs of the config's directory and in others; None if it was not measured."""
     found = []
     for run in [*map(RunDirectory, runs_below(config.directory, 1)), *runs]:

@@ -27,11 +27,11 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event
 from pipelines.text import echo, format_ranges
 
-WIDTH, LEAST_WIDTH = 100, 16
+WIDTH, MIN_WIDTH = 100, 16
 """Characters of the timeline, by default and at least, on a narrow terminal."""
 UNIT = 1.0
 """Duration of a stage with a model where no duration is known; other stages then take no time."""
-BESIDE = "beside"
+NO_DEVICE = "no device"
 """The lane of stages without devices."""
 
 
@@ -257,7 +257,9 @@ def runs_on(stage: PlannedStage, view: PlanView) -> str:
         return f"{stage.executor}{pool}"
     if stage.devices is None:
         return f"all of {view.devices}"
-    return f"{stage.executor}{pool}: {format_ranges(stage.devices)}" if stage.devices else f"{stage.executor}: beside"
+    return (
+        f"{stage.executor}{pool}: {format_ranges(stage.devices)}" if stage.devices else f"{stage.executor}: {NO_DEVICE}"
+    )
 
 
 def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None = None) -> list[str]:
@@ -271,10 +273,10 @@ def timeline(view: PlanView, width: int = WIDTH, end: str = "", room: int | None
         return []
     lanes = lanes_of(view)
     margin = max(map(len, lanes))
-    width = width if room is None else max(LEAST_WIDTH, min(width, room - margin - 2))
+    width = width if room is None else max(MIN_WIDTH, min(width, room - margin - 2))
     marks = f"0{end or f'{view.total:.4g} {view.unit}':>{width - 1}}"
     return [f"{'':<{margin}}  {marks}"] + [
-        f"{label:<{margin}}  {_drawn(stages, view.total, width)}" for label, stages in lanes.items()
+        f"{label:<{margin}}  {_draw_lane(stages, view.total, width)}" for label, stages in lanes.items()
     ]
 
 
@@ -288,7 +290,9 @@ def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
             for device in stage.devices:
                 by_device.setdefault(device, []).append(stage)
             continue
-        name = stage.executor if stage.executor not in LOCAL_KINDS else BESIDE if stage.devices == [] else "all devices"
+        name = (
+            stage.executor if stage.executor not in LOCAL_KINDS else NO_DEVICE if stage.devices == [] else "all devices"
+        )
         rows = shared.setdefault(f"{name} {stage.pool}".strip(), [])
         row = next((row for row in rows if row[-1].end <= stage.start), None)
         if row is None:
@@ -305,7 +309,7 @@ def lanes_of(view: PlanView) -> dict[str, list[PlannedStage]]:
     return lanes
 
 
-def _drawn(stages: list[PlannedStage], total: float, width: int) -> str:
+def _draw_lane(stages: list[PlannedStage], total: float, width: int) -> str:
     line = ["."] * width
     for stage in stages:
         begin = min(width - 1, round(stage.start / total * width))

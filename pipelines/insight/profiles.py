@@ -19,12 +19,12 @@ PROMPTS = 64
 """Prompts of each kind in a short run."""
 STEPS = 8
 """Optimizer steps of each of its trainings but SFT."""
-IMITATION = 16
+SFT_FACTOR = 16
 """Factor by which SFT has more steps: no pairs can be chosen from the responses of a model that has learned nothing."""
 
 
 @dataclass(frozen=True)
-class KnownStages:
+class StagePredictions:
     """Stages that share one prediction."""
 
     stages: list[str]
@@ -44,7 +44,7 @@ class KnownStages:
         return self.basis in ("", "analytic")
 
 
-def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list[KnownStages]:
+def predict_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list[StagePredictions]:
     """Predict a run's stages, and group those with the same prediction.
 
     Args:
@@ -57,10 +57,10 @@ def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list
         groups.setdefault((node.stage.name, predictor.predict(node, graph)), []).append(node)
     found = []
     for (stage, prediction), nodes in groups.items():
-        twin = short_graph.nodes.get(nodes[0].name)
-        there = predictor.predict(twin, short_graph) if twin is not None else None
+        short_node = short_graph.nodes.get(nodes[0].name)
+        short_prediction = predictor.predict(short_node, short_graph) if short_node is not None else None
         found.append(
-            KnownStages(
+            StagePredictions(
                 stages=[node.name for node in nodes],
                 stage=stage,
                 basis=prediction.basis if prediction is not None else "",
@@ -68,7 +68,7 @@ def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list
                 error=prediction.error if prediction is not None else None,
                 memory=prediction.memory if prediction is not None else None,
                 source=prediction.source if prediction is not None else "nothing is known of how much it has to do",
-                short_seconds=there.seconds if there is not None else None,
+                short_seconds=short_prediction.seconds if short_prediction is not None else None,
             )
         )
     return found
@@ -77,24 +77,24 @@ def known_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> list
 def short_overrides(config: RunConfig, prompts: int, steps: int) -> list[str]:
     """Overrides that make a run of one iteration short: few prompts, few optimizer steps."""
     # Half as many held-out prompts: measuring two amounts shows how much of the time does not depend on the amount.
-    found = [f"prompts.heldout.limit={_at_most(max(1, prompts // 2), config.prompts.heldout.limit)}"]
-    found.append(f"prompts.per_iteration={_at_most(prompts, config.prompts.per_iteration)}")
-    found.append(f"training.max_steps={_at_most(steps, config.training.max_steps)}")
+    found = [f"prompts.heldout.limit={_limited(max(1, prompts // 2), config.prompts.heldout.limit)}"]
+    found.append(f"prompts.per_iteration={_limited(prompts, config.prompts.per_iteration)}")
+    found.append(f"training.max_steps={_limited(steps, config.training.max_steps)}")
     if config.sft is not None:
-        found.append(f"sft.max_steps={_at_most(IMITATION * steps, config.sft.max_steps)}")
+        found.append(f"sft.max_steps={_limited(SFT_FACTOR * steps, config.sft.max_steps)}")
     if config.critic is not None:
-        found.append(f"critic.max_steps={_at_most(steps, config.critic.max_steps)}")
+        found.append(f"critic.max_steps={_limited(steps, config.critic.max_steps)}")
     if config.reward_model is not None:
-        found.append(f"reward_model.prompts.limit={_at_most(prompts, config.reward_model.prompts.limit)}")
-        found.append(f"reward_model.training.max_steps={_at_most(steps, config.reward_model.training.max_steps)}")
+        found.append(f"reward_model.prompts.limit={_limited(prompts, config.reward_model.prompts.limit)}")
+        found.append(f"reward_model.training.max_steps={_limited(steps, config.reward_model.training.max_steps)}")
     return found
 
 
-def _at_most(wanted: int, given: int | None) -> int:
+def _limited(wanted: int, given: int | None) -> int:
     return wanted if given is None else min(wanted, given)
 
 
-def with_needs(graph: Graph, names: Iterable[str]) -> Graph:
+def with_dependencies(graph: Graph, names: Iterable[str]) -> Graph:
     """Some stages of a graph, with all their dependencies."""
     wanted: set[str] = set()
     left = [name for name in names if name in graph.nodes]
@@ -106,7 +106,7 @@ def with_needs(graph: Graph, names: Iterable[str]) -> Graph:
     return graph.with_nodes({name: node for name, node in graph.nodes.items() if name in wanted})
 
 
-def print_known(console: Console, known: list[KnownStages]) -> None:
+def print_predictions(console: Console, known: list[StagePredictions]) -> None:
     """Print the predictions as a table, and how many kinds of stages were never measured."""
     table = Table("stages", "known by", "seconds", "error", "memory", "short run")
     for group in known:
@@ -119,11 +119,11 @@ def print_known(console: Console, known: list[KnownStages]) -> None:
             f"{group.short_seconds:.1f} s" if group.is_hole and group.short_seconds is not None else "",
         )
     console.print(table)
-    holes = [group for group in known if group.is_hole]
-    if not holes:
+    unmeasured = [group for group in known if group.is_hole]
+    if not unmeasured:
         echo(console, "Runs have shown how long all of these take.")
         return
-    echo(console, f"{len(holes)} kinds of stages have not been run on such a device.")
+    echo(console, f"{len(unmeasured)} kinds of stages have not been run on such a device.")
 
 
 def print_profiles(console: Console, profiles: list[Profile]) -> None:
@@ -137,7 +137,7 @@ def print_profiles(console: Console, profiles: list[Profile]) -> None:
     console.print(table)
 
 
-def as_json(known: list[KnownStages], overrides: list[str]) -> str:
+def as_json(known: list[StagePredictions], overrides: list[str]) -> str:
     """The predictions as one JSON object, with the overrides of a short run."""
     stages: list[dict[str, Any]] = [{**asdict(group), "is_hole": group.is_hole} for group in known]
     return json.dumps({"stages": stages, "short_run": overrides}, indent=1)

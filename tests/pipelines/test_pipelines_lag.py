@@ -16,7 +16,7 @@ from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, name_of
 from pipelines.hub.cards import _sampler
-from pipelines.insight.collecting import Collector
+from pipelines.insight.metrics_collector import Collector
 from pipelines.insight.report.data import RunReport
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import time_facts

@@ -14,9 +14,9 @@ from contracts.config import validate
 from contracts.errors import UserError
 from pipelines.config.load import load_run_config
 from pipelines.config.placement import PlacementSection
+from pipelines.insight.plan_search import run_search
 from pipelines.insight.report.data import RunReport, StageRow, TimeFacts
 from pipelines.insight.report.expected import expected_lines, expected_table, plan_statement
-from pipelines.insight.searching import searched
 from pipelines.planning.search.plan_file import digest_of, plan_text
 from pipelines.run.directory import RunDirectory
 
@@ -33,7 +33,7 @@ EXPECTED = {
 @pytest.mark.slow
 def test_a_plan_is_written_and_read_with_what_is_expected_of_it(tmp_path: Path) -> None:
     setting = large(tmp_path, 8)
-    view, section = searched(setting, seed=1, seconds=60)
+    view, section = run_search(setting, seed=1, seconds=60)
     file = tmp_path / "plan.yaml"
     file.write_text(plan_text(section, "pipeline plan search"))
     config = load_run_config("llama3-8b-ppo", [f"policy={tmp_path}/policy", f"placement={file}"])
@@ -56,7 +56,7 @@ def test_of_a_job_and_of_a_scorer_that_follows_it_expects_what_a_report_measures
     roles = ("generation", "reward", "training")
     measured = Jobs({"generation": [4.0], "reward": [2.0], "training": [5.0]}, {}, queue=3.0, finish=2.0)
     setting = on_scheduler(setting_of(shared_smallest, roles, measured, 1, 1, 8), 1)
-    _, section = searched(setting, seed=0, seconds=60)
+    _, section = run_search(setting, seed=0, seconds=60)
     assert section.streaming
     assert section.expected is not None
     expected = section.expected.stages
@@ -68,11 +68,11 @@ def test_of_a_job_and_of_a_scorer_that_follows_it_expects_what_a_report_measures
 @pytest.mark.slow
 def test_another_plan_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
     setting = large(tmp_path, 4)
-    view, section = searched(setting, seed=0, seconds=60, take="interleaving")
+    view, section = run_search(setting, seed=0, seconds=60, take="interleaving")
     assert (view.chosen, section.strategy) == ("interleaving", "interleaving")
     assert "it was asked for; the search would take" in view.reason
     with pytest.raises(UserError, match="--take is async, which is no plan that can be: async is for runs with a lag"):
-        searched(setting, seed=0, seconds=60, take="async")
+        run_search(setting, seed=0, seconds=60, take="async")
 
 
 def expecting(path: Path, **changes: Any) -> Any:

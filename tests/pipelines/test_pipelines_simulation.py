@@ -20,7 +20,7 @@ from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
 from pipelines.insight.driver_time import driver_costs
 from pipelines.insight.gantt import picture
-from pipelines.insight.simulation import as_json, in_sentences, view_simulation
+from pipelines.insight.simulation_view import as_json, in_sentences, view_simulation
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import Cluster, cluster_of_machines
 from pipelines.planning.draws import Draws, draw_runs, resume_interval

@@ -43,7 +43,7 @@ from pipelines.execution.attempts import StageFailedError
 from pipelines.execution.driver import Driver, Running
 from pipelines.execution.executors.base import Executors, Site
 from pipelines.graph import Graph, Node, Placement
-from pipelines.insight.collecting import Collector
+from pipelines.insight.metrics_collector import Collector
 from pipelines.job import ENTRY
 from pipelines.planning.cluster import cluster_of
 from pipelines.planning.placement import place

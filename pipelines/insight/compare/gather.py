@@ -22,11 +22,11 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
 
-SHOWN = 5
+SHOWN_PROMPTS = 5
 """How many prompts are shown with their answers, for the largest gains and for the largest losses."""
-LONGEST = 2000
+MAX_CHARACTERS = 2000
 """Characters of a prompt or an answer beyond which it is cut."""
-PLACES = ("name", "directory", "date")
+NOT_COMPARED = ("name", "directory", "date")
 """Config keys without influence on what a run computes."""
 
 
@@ -38,7 +38,7 @@ class Policy:
     rollouts: Artifact
     prompts: set[str]
     """Ids of the prompts that it has answered."""
-    judges: dict[str, Any]
+    scorers: dict[str, Any]
     """By scorer, everything that determines its scores."""
     scores: dict[str, dict[str, float]]
     """By scorer and prompt id, the mean score of the prompt's answers."""
@@ -58,21 +58,21 @@ def compare(
     """
     labels = _labels([run.path for run, _ in runs])
     damaged = dict(damaged or {})
-    whole: dict[str, tuple[RunDirectory, list[dict[str, Any]], Policy]] = {}
+    intact: dict[str, tuple[RunDirectory, list[dict[str, Any]], Policy]] = {}
     for label, (run, graph) in zip(labels, runs, strict=True):
-        node = _judged(graph, iteration)
+        node = _evaluation_node(graph, iteration)
         try:
-            whole[label] = run, [metrics for _, metrics in evaluations(graph)], _policy(label, node)
+            intact[label] = run, [metrics for _, metrics in evaluations(graph)], _policy(label, node)
         except UserError as error:
             damaged[run.path] = str(error)
-    if not whole:
+    if not intact:
         raise UserError("\n".join(f"{path} is damaged: {why}" for path, why in damaged.items()))
     notes = [f"{path} is damaged and left out: {why}" for path, why in damaged.items()]
-    first, *others = (policy for _, _, policy in whole.values())
+    first, *others = (policy for _, _, policy in intact.values())
     paired = [found for other in others for found in _paired(first, other, notes)]
-    changes = _changes([run for run, _, _ in whole.values()])
-    metrics = _metrics({label: rows for label, (_, rows, _) in whole.items()})
-    return Comparison(list(whole), changes, metrics, paired, notes, [str(path) for path in damaged])
+    changes = _changes([run for run, _, _ in intact.values()])
+    metrics = _metrics({label: rows for label, (_, rows, _) in intact.items()})
+    return Comparison(list(intact), changes, metrics, paired, notes, [str(path) for path in damaged])
 
 
 def _labels(paths: list[Path]) -> list[str]:
@@ -80,19 +80,19 @@ def _labels(paths: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
-def _judged(graph: Graph, iteration: int | None) -> Node:
+def _evaluation_node(graph: Graph, iteration: int | None) -> Node:
     """The evaluation node of the policy to compare."""
-    judged = [
+    evaluated = [
         node
         for node in graph.nodes.values()
         if node.stage.name == "evaluation"
         and (node.output / MANIFEST).is_file()
         and iteration in (None, node.iteration)
     ]
-    if not judged:
+    if not evaluated:
         which = "nothing" if iteration is None else f"no iteration {iteration}"
         raise UserError(f"{graph.directory} has evaluated {which} yet. Continue it with `pipeline run`.")
-    return max(judged, key=lambda node: node.iteration or 0)
+    return max(evaluated, key=lambda node: node.iteration or 0)
 
 
 def _policy(label: str, node: Node) -> Policy:
@@ -104,7 +104,7 @@ def _policy(label: str, node: Node) -> Policy:
         label=f"{label} (iteration {node.iteration})",
         rollouts=rollouts,
         prompts={row.prompt_id for row in rollouts.rows(Rollout)},
-        judges={name: scorer_of(artifact) for name, artifact in scores.items()},
+        scorers={name: scorer_of(artifact) for name, artifact in scores.items()},
         scores={name: _by_prompt(artifact) for name, artifact in scores.items()},
     )
 
@@ -124,7 +124,7 @@ def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]
         if scorer not in second.scores:
             notes.append(f"{second.label} has no scorer {scorer}.")
             continue
-        if first.judges[scorer] != second.judges[scorer]:
+        if first.scorers[scorer] != second.scorers[scorer]:
             notes.append(
                 f"The scorer {scorer} is not the same in {first.label} and {second.label} (another model, function or "
                 "setting), so a difference of its scores means nothing."
@@ -148,7 +148,7 @@ def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tu
     values = list(differences.values())
     difference, ci95 = mean_with_interval(values)
     order = sorted(differences, key=lambda prompt: differences[prompt])
-    shown = list(dict.fromkeys([*order[-SHOWN:][::-1], *order[:SHOWN]]))
+    shown = list(dict.fromkeys([*order[-SHOWN_PROMPTS:][::-1], *order[:SHOWN_PROMPTS]]))
     return Paired(
         scorer=scorer,
         first=first.label,
@@ -172,14 +172,14 @@ def _answers(
         ours, theirs = (found.get(prompt) for found in rows)
         if ours is not None and theirs is not None:
             text = "\n".join(message.content or "" for message in ours.messages)
-            mine, its = (row.completions[0].text[:LONGEST] for row in (ours, theirs))
-            yield ComparedAnswers(prompt, text[-LONGEST:], mine, its, *scores[prompt])
+            mine, its = (row.completions[0].text[:MAX_CHARACTERS] for row in (ours, theirs))
+            yield ComparedAnswers(prompt, text[-MAX_CHARACTERS:], mine, its, *scores[prompt])
 
 
 def _changes(runs: list[RunDirectory]) -> list[Change]:
     settings = [_settings(run.config) for run in runs]
     rows: list[Change] = []
-    for section in dict.fromkeys(name for found in settings for name in found if name not in PLACES):
+    for section in dict.fromkeys(name for found in settings for name in found if name not in NOT_COMPARED):
         parts = [found.get(section) for found in settings]
         if not all(isinstance(part, dict) for part in parts):  # a section that some run lacks counts as one change
             rows.append(Change(section, [_shown(part) for part in parts]))

@@ -5,7 +5,7 @@ import time
 from contracts.errors import DISK_FULL
 from pipelines.execution.listeners import Listen
 from pipelines.graph import Graph
-from pipelines.insight.collecting import Collector
+from pipelines.insight.metrics_collector import Collector
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, StageFailed, StagePublished, StageReused, StageStarted
 

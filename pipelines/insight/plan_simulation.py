@@ -7,8 +7,8 @@ from pipelines.config.cluster import MachinesSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.profiling import predictor_for, threads_of
 from pipelines.graph import Graph
-from pipelines.insight.driver_time import costs_here
-from pipelines.insight.simulation import SimulationView, view_simulation
+from pipelines.insight.driver_time import local_driver_costs
+from pipelines.insight.simulation_view import SimulationView, view_simulation
 from pipelines.planning.cluster import (
     Cluster,
     cluster_of_machines,
@@ -29,7 +29,7 @@ from pipelines.run.plan import Plan
 DRAWS = 200
 
 
-def simulated(
+def simulate_plan(
     plan: Plan, machines: MachinesSection | None, runs: Sequence[RunDirectory], *, draws: int = DRAWS, seed: int = 0
 ) -> SimulationView:
     """Simulate a run.
@@ -61,7 +61,7 @@ def simulated(
     if sheet is not None:
         predictor.sheet = sheet
     require_known_gpus(config, cluster, predictor)
-    driver = costs_here(plan.config, runs)
+    driver = local_driver_costs(plan.config, runs)
     order = start_order(graph, config)
     conditions = conditions_of(graph, config, cluster, driver)
     predictions = predict_all(graph, predictor)

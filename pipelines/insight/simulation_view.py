@@ -19,7 +19,7 @@ from pipelines.planning.prediction import Basis, Prediction
 from pipelines.planning.simulation import DriverCosts, Simulation, describe_unknown, sensitivities
 from pipelines.text import echo, format_duration, format_ranges, plural
 
-NAMED = 3
+MAX_NAMED = 3
 """At most so many items are listed in a sentence."""
 WORTH_SAYING = 0.005
 """Share of the run's time below which a gain is not mentioned."""
@@ -115,7 +115,7 @@ def view_simulation(
     plan = plan_of(graph, config, cluster, seconds, roles, times)
     pools = [replace(pool, idle=simulation.idle.get(pool.name, pool.idle)) for pool in plan.pools]
     return SimulationView(
-        machines=_machines(cluster, machines),
+        machines=_describe_machines(cluster, machines),
         plan=replace(plan, pools=pools),
         total=simulation.total,
         is_bound=bool(simulation.unknown),
@@ -140,7 +140,7 @@ def view_simulation(
     )
 
 
-def _machines(cluster: Cluster, machines: MachinesSection | None) -> str:
+def _describe_machines(cluster: Cluster, machines: MachinesSection | None) -> str:
     if machines is None:
         return f"this machine: {plural(cluster.devices, cluster.unit)}"
     each = f" in {machines.machines} machines" if machines.machines > 1 else ""
@@ -207,8 +207,8 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     if view.is_bound:
         yield f"All times are lower bounds: {describe_unknown(view.unknown)}"
     least = "at least " if view.is_bound else ""
-    each = ", ".join(format_duration(seconds) for seconds in view.iterations[:NAMED])
-    more = f" and {len(view.iterations) - NAMED} more" if len(view.iterations) > NAMED else ""
+    each = ", ".join(format_duration(seconds) for seconds in view.iterations[:MAX_NAMED])
+    more = f" and {len(view.iterations) - MAX_NAMED} more" if len(view.iterations) > MAX_NAMED else ""
     draws = view.draws
     if draws is not None and not view.finishes:
         yield (
@@ -254,8 +254,8 @@ def _bottleneck(view: SimulationView) -> Iterable[str]:
     if not view.way:
         return
     first = next(iter(view.way))
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in list(view.way.items())[:NAMED])
-    worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= WORTH_SAYING][:NAMED]
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in list(view.way.items())[:MAX_NAMED])
+    worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= WORTH_SAYING][:MAX_NAMED]
     spared = ", ".join(f"{kind} {gain:.1%}" for kind, gain in worth)
     yield f"bottleneck: {first}. Shares of the critical path: {shares}. Saved if each took a tenth less: {spared}"
 

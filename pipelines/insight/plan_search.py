@@ -14,8 +14,8 @@ from pipelines.config.executor import LOCAL_KINDS
 from pipelines.config.placement import PlacementSection
 from pipelines.config.run import RunConfig
 from pipelines.execution.profiling import predictor_for
-from pipelines.insight.driver_time import costs_here
-from pipelines.insight.simulating import require_known_gpus
+from pipelines.insight.driver_time import local_driver_costs
+from pipelines.insight.plan_simulation import require_known_gpus
 from pipelines.iteration import build_graph
 from pipelines.planning.cluster import (
     Cluster,
@@ -98,7 +98,7 @@ class SearchView:
     """The section `placement` of the chosen plan."""
 
 
-def settings_of(
+def search_settings(
     config: RunConfig, iterations: int, machines: MachinesSection | None, runs: Sequence[RunDirectory]
 ) -> list[SearchedRun]:
     """The settings to search plans for: the run on this machine or on others, with the predictions for its stages.
@@ -109,14 +109,14 @@ def settings_of(
         UserError: there is no data sheet for the GPUs, an input of the run does not exist, or the type of the
             scheduler's GPUs is not known.
     """
-    attached = _setting_of(config, iterations, machines, runs)
+    attached = _search_setting(config, iterations, machines, runs)
     kinds = {config.executor.entry(node).kind for node in attached.graph.nodes.values()}
     if not attached.is_jobs or kinds & set(LOCAL_KINDS):
         return [attached]
-    return [attached, _setting_of(config, iterations, machines, runs, detached=True)]
+    return [attached, _search_setting(config, iterations, machines, runs, detached=True)]
 
 
-def _setting_of(
+def _search_setting(
     config: RunConfig,
     iterations: int,
     machines: MachinesSection | None,
@@ -147,13 +147,13 @@ def _setting_of(
         device=device,
         cluster_of=cluster,
         threads=default_threads(planned.executor),
-        driver=DriverCosts() if detached else costs_here(config, runs) or DriverCosts(),
+        driver=DriverCosts() if detached else local_driver_costs(config, runs) or DriverCosts(),
         detached=detached,
     )
-    return replace(setting, device=_device_of_jobs(setting, predictor)) if setting.is_jobs else setting
+    return replace(setting, device=_scheduler_device(setting, predictor)) if setting.is_jobs else setting
 
 
-def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device:
+def _scheduler_device(setting: SearchedRun, predictor: ProfilePredictor) -> Device:
     """The device of a scheduler's jobs: from the config key `hardware`, else from the data sheet of the devices that
     earlier jobs had. Its memory is 0 bytes where it is not known.
 
@@ -173,7 +173,7 @@ def _device_of_jobs(setting: SearchedRun, predictor: ProfilePredictor) -> Device
     return Device(name, room, 1)
 
 
-def searched(
+def run_search(
     setting: SearchedRun, *, seed: int, seconds: float, take: str | None = None
 ) -> tuple[SearchView, PlacementSection]:
     """Search a plan. Returns the results, and the section `placement` of the chosen plan.
@@ -237,10 +237,10 @@ def _row(name: str, run: ExpectedRun, answer: SearchResult) -> PlanRow:
 
 def fastest(views: Sequence[SearchView]) -> int:
     """The index of the search whose chosen plan takes least time; of equal ones, the one with the smallest lag."""
-    return min(range(len(views)), key=lambda number: (_taken(views[number]).seconds, views[number].lag))
+    return min(range(len(views)), key=lambda number: (_chosen_row(views[number]).seconds, views[number].lag))
 
 
-def _taken(view: SearchView) -> PlanRow:
+def _chosen_row(view: SearchView) -> PlanRow:
     return next(row for row in view.plans if row.name == view.chosen)
 
 
@@ -269,10 +269,10 @@ def print_search(console: Console, view: SearchView) -> None:
         echo(
             console, f"the {which} plan, compared with the best strategy:", *(f"  {change}" for change in view.changes)
         )
-    echo(console, *_how(view))
+    echo(console, *_search_notes(view))
 
 
-def _how(view: SearchView) -> list[str]:
+def _search_notes(view: SearchView) -> list[str]:
     """Sentences on how thorough the search was, and what it left out."""
     if view.space is not None:
         lines = [f"all {plural(view.space, 'plan')} were evaluated, in {format_duration(view.search_seconds)}"]
@@ -293,7 +293,7 @@ def _how(view: SearchView) -> list[str]:
         lines.append(
             f"the memory of {', '.join(view.memory_unknown)} is not known: their layouts are left as configured"
         )
-    least = min(_taken(view).bases, key=("analytic", "scaled", "measured").index, default="measured")
+    least = min(_chosen_row(view).bases, key=("analytic", "scaled", "measured").index, default="measured")
     if least == "analytic":
         lines.append(
             "some durations are known from data sheets alone: run one iteration, and search again with its measurements"
@@ -306,7 +306,7 @@ def as_json(views: Sequence[SearchView], taken: int) -> str:
     return json.dumps({"taken": taken, "searches": [asdict(view) for view in views]}, indent=1)
 
 
-def require_lags(text: str) -> list[int]:
+def parse_lags(text: str) -> list[int]:
     """Parse the lags of `--lags`, ascending and without repetitions.
 
     Raises:
