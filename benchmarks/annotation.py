@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import answers, workload  # noqa: E402
 from benchmarks.side import Child  # noqa: E402
-from pipelines.environments.launch import KEEP_FREED  # noqa: E402
+from pipelines.environments.launch import MALLOC_SETTINGS  # noqa: E402
 
 SAME_WORK = 1e-4
 """The largest allowed difference between the sides' scores, relative to the largest score."""
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "PYTHONPATH": str(ROOT),
         }
         sides = {}
-        wanted = {OURS: plain | KEEP_FREED, PIPELINE: plain}
-        wanted |= {f"padded-{size}": plain | KEEP_FREED for size in options.batch_sizes}
+        wanted = {OURS: plain | MALLOC_SETTINGS, PIPELINE: plain}
+        wanted |= {f"padded-{size}": plain | MALLOC_SETTINGS for size in options.batch_sizes}
         lines: dict[str, dict[str, list[dict[str, Any]]]] = {name: {case: [] for case in cases} for name in wanted}
         try:
             for name, environment in wanted.items():
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "shape": vars(shape),
                     "cases": {name: case._asdict() for name, case in cases.items()},
                     "start_cpu_seconds": starts,
-                    "allocator": KEEP_FREED,
+                    "allocator": MALLOC_SETTINGS,
                     "processor": platform.processor() or platform.machine(),
                 },
             }

@@ -138,9 +138,9 @@ class Screen(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as rich does, with ASCII tables in plain style, and stacked rows where a table does not fit."""
-        super().print(*map(self._as_it_fits, objects), **options)
+        super().print(*map(self._fitted, objects), **options)
 
-    def _as_it_fits(self, shown: Any) -> Any:
+    def _fitted(self, shown: Any) -> Any:
         if not isinstance(shown, Table):
             return shown
         if STYLE.plain and shown.box is not None:
@@ -160,7 +160,7 @@ def make_console(**options: Any) -> Screen:
     return console if console.is_terminal else Screen(width=200, **options)
 
 
-def opened(path: Path) -> tuple[RunDirectory, Graph]:
+def open_run(path: Path) -> tuple[RunDirectory, Graph]:
     """Open an existing run, with the graph of stages that its last command asked for."""
     run = RunDirectory.existing(path)
     return run, build_graph(run.config, run.iterations)

@@ -9,7 +9,7 @@ from pipelines.commands.declaring import (
     argument,
     command,
     make_console,
-    opened,
+    open_run,
 )
 from pipelines.config.sections import RetentionSection
 from pipelines.hub.command import push_command
@@ -32,7 +32,7 @@ from pipelines.text import echo
     group="keep",
 )
 def _gc(options: argparse.Namespace) -> None:
-    run, graph = opened(options.run)
+    run, graph = open_run(options.run)
     retention = run.config.retention
     keep = retention.keep if options.keep is None else options.keep
     compress = options.compress or retention.compress

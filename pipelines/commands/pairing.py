@@ -7,7 +7,7 @@ from functools import partial
 
 from annotation.pairing.config import PairsSettings
 from contracts.config import describe
-from pipelines.commands.declaring import JSON, RUN, STYLE, argument, command, make_console, opened
+from pipelines.commands.declaring import JSON, RUN, STYLE, argument, command, make_console, open_run
 from pipelines.insight.pairs import as_json, compare_pairs, print_pairs
 from pipelines.run.alternatives import build, pairs_to_compare, select_alternative
 from pipelines.text import echo, relative_path
@@ -25,7 +25,7 @@ from pipelines.text import echo, relative_path
     formatter_class=argparse.RawDescriptionHelpFormatter,
 )
 def _pairs(options: argparse.Namespace) -> int:
-    run, graph = opened(options.run)
+    run, graph = open_run(options.run)
     other = select_alternative(run, graph, options.iteration, options.overrides)
     console = make_console(stderr=options.json)
     place = relative_path(other.path)

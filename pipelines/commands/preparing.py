@@ -18,7 +18,7 @@ from pipelines.commands.declaring import (
 )
 from pipelines.config.recipes import describe_recipes, find_config
 from pipelines.doctor.command import doctor
-from pipelines.environments.launch import become
+from pipelines.environments.launch import exec_python
 from pipelines.environments.locked import NAMES, STAGES, describe_all, interpreter, sync
 
 
@@ -83,8 +83,8 @@ def _python(options: argparse.Namespace) -> None:
     VARIANT,
     of=ENVIRONMENTS,
 )
-def _become(options: argparse.Namespace) -> None:
-    become(options.name, options.variant, options.arguments)
+def _run(options: argparse.Namespace) -> None:
+    exec_python(options.name, options.variant, options.arguments)
 
 
 @command(

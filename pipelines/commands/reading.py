@@ -14,7 +14,7 @@ from pipelines.commands.declaring import (
     command,
     count,
     make_console,
-    opened,
+    open_run,
 )
 from pipelines.insight.compare.command import as_json, print_comparison
 from pipelines.insight.compare.gather import compare
@@ -46,9 +46,9 @@ def _runs(options: argparse.Namespace) -> None:
 @command("status", "show a run's progress and remaining time", RUN, JSON, group="read")
 def _status(options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(status_data(*opened(options.run)), indent=1))
+        print(json.dumps(status_data(*open_run(options.run)), indent=1))
     else:
-        print_status(make_console(), *opened(options.run))
+        print_status(make_console(), *open_run(options.run))
 
 
 @command(
@@ -62,7 +62,7 @@ def _status(options: argparse.Namespace) -> None:
     group="read",
 )
 def _logs(options: argparse.Namespace) -> None:
-    console, (run, graph) = make_console(), opened(options.run)
+    console, (run, graph) = make_console(), open_run(options.run)
     logs = print_logs(console, run, graph, options.stage, options.lines, options.part)
     if options.follow:
         follow_logs(console, run, graph, options.stage, logs)
@@ -78,7 +78,7 @@ def _logs(options: argparse.Namespace) -> None:
     group="read",
 )
 def _report(options: argparse.Namespace) -> None:
-    report(*opened(options.run), options.output, as_markdown=options.markdown, as_json=options.json)
+    report(*open_run(options.run), options.output, as_markdown=options.markdown, as_json=options.json)
 
 
 @command(
@@ -89,7 +89,7 @@ def _report(options: argparse.Namespace) -> None:
     group="read",
 )
 def _view(options: argparse.Namespace) -> None:
-    view(make_console(), partial(opened, options.run), options.port)
+    view(make_console(), partial(open_run, options.run), options.port)
 
 
 @command(
@@ -112,7 +112,7 @@ def _compare(options: argparse.Namespace) -> int:
     for path in options.runs:
         RunDirectory.existing(path)  # a path that is no run is a user's mistake
         try:
-            runs.append(opened(path))
+            runs.append(open_run(path))
         except UserError as error:
             damaged[path] = str(error)
     found = compare(runs, options.iteration, damaged)

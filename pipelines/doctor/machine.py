@@ -24,7 +24,7 @@ SHARED_MEMORY = 512 << 20
 OPEN_FILES = 1024
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """The path, or its nearest existing parent."""
     path = path.absolute()
     while not path.exists():
@@ -48,7 +48,7 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
 
     The probes use a temporary directory there, which is always removed.
     """
-    directory = existing(place)
+    directory = nearest_existing(place)
     kind, options = "unknown", [""]
     with contextlib.suppress(OSError):
         kind, options = mount_of(directory.resolve(), Path("/proc/mounts").read_text())

@@ -15,7 +15,7 @@ from pydantic import model_validator
 from contracts.config import Section, runtime
 from contracts.errors import TransientError, UserError
 from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
-from pipelines.environments.locked import VARIANT, Locked, interpreter, known, resolve_variant
+from pipelines.environments.locked import VARIANT, Locked, interpreter, require_known, resolve_variant
 from pipelines.environments.paths import code_path, configs, source_root
 
 CONTAINER_RUNTIMES = ("apptainer", "singularity", "docker", "podman")
@@ -42,7 +42,7 @@ PASSED_ON = (
 OWN = "own."
 """Prefix of the keys of the user's own environments."""
 
-KEEP_FREED = {
+MALLOC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -137,7 +137,7 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
     if resolve_variant() == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
         if name == "annotation" and not any(variable.startswith(("MALLOC_", "GLIBC_")) for variable in os.environ):
-            defaults |= KEEP_FREED
+            defaults |= MALLOC_SETTINGS
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
     theirs = dict(environment.variables)
     users = [os.getcwd()]  # in a prepared driver, USER_PATH has its original PYTHONPATH
@@ -258,8 +258,8 @@ def _package(name: str) -> str:
     return "annotation" if name.startswith(OWN) else name
 
 
-def become(name: str, variant: str, arguments: list[str]) -> NoReturn:
+def exec_python(name: str, variant: str, arguments: list[str]) -> NoReturn:
     """Replace this process by `python ARGUMENTS` in a locked environment, with Ratchet's code."""
     os.environ[VARIANT] = resolve_variant(variant)
-    command, variables = launch_command(EnvironmentConfig(), known(name), arguments)
+    command, variables = launch_command(EnvironmentConfig(), require_known(name), arguments)
     os.execve(command[0], command, stage_environment(variables))

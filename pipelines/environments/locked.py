@@ -114,7 +114,7 @@ def resolve_variant(variant: str = "auto") -> Variant:
     return cast(Variant, asked)
 
 
-def known(name: str) -> str:
+def require_known(name: str) -> str:
     """Return `name` if such an environment exists.
 
     Raises:
@@ -131,7 +131,7 @@ def interpreter(name: str, variant: str = "auto") -> Path:
     Raises:
         UserError: it has not been built.
     """
-    locked = Locked(known(name), resolve_variant(variant))
+    locked = Locked(require_known(name), resolve_variant(variant))
     if not locked.complete:
         asked = "" if locked.variant == ("gpu" if gpu_count() else "cpu") else f" --variant {locked.variant}"
         raise UserError(
@@ -161,7 +161,7 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
         InstallError: an installation failed.
     """
     chosen = resolve_variant(variant)
-    wanted = [Locked(known(name), chosen) for name in dict.fromkeys(names)]
+    wanted = [Locked(require_known(name), chosen) for name in dict.fromkeys(names)]
     missing = [locked for locked in wanted if not locked.complete]
     for locked in wanted:
         if locked not in missing:

@@ -44,7 +44,7 @@ def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artif
     entry["former"] = "/".join(part for part in index.inner(link.path) or (link.path,) if part)
     if found.artifact is None or found.state not in ("same", "replaced"):
         return entry, None
-    return entry, (index if found.inside else around(found.artifact.path), found.artifact)
+    return entry, (index if found.inside else index_around(found.artifact.path), found.artifact)
 
 
 def description(artifact: Artifact) -> dict[str, Any]:
@@ -113,6 +113,6 @@ def _sources(config: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def around(path: Path) -> Index:
+def index_around(path: Path) -> Index:
     """The index of the run that an artifact belongs to, or of the artifact alone."""
     return Index(run_of(path.absolute()) or path.absolute())

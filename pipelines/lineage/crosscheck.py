@@ -19,7 +19,7 @@ from pipelines.run.points import EVAL, is_evaluation, latest
 FIX = "Delete it: the next `pipeline run` writes it again."
 
 
-def disagreements(rollouts: Artifact, policy: str | None, derived: list[Artifact]) -> Iterator[str]:
+def contradictions(rollouts: Artifact, policy: str | None, derived: list[Artifact]) -> Iterator[str]:
     """All contradictions between rows, each with the file that is wrong.
 
     Args:
@@ -134,7 +134,7 @@ COMPARISONS: dict[Schema, tuple[type[Any], Callable[[Any, Rollout], Iterator[str
 """Record type and comparison with the rollout, by schema."""
 
 
-def wrong_metrics(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
+def metric_mismatches(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
     """Differences between evaluation.json or metrics.jsonl and the manifests of the evaluations."""
     evaluations: dict[str, Artifact] = {}
     for artifact in artifacts:

@@ -34,7 +34,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedLink:
     """The present location of the input behind a link."""
 
     state: Literal["same", "replaced", "changed", "gone", "damaged"]
@@ -90,7 +90,7 @@ def part_digest(manifest: Manifest, part: str) -> str | None:
     return fingerprint_of(inside) if "config.json" in inside else digest(inside)
 
 
-def model_of(found: Found) -> str | None:
+def model_of(found: ResolvedLink) -> str | None:
     """The fingerprint that rows record for the model behind a link; None if it can no longer be known."""
     if found.state in ("changed", "gone"):
         return None
@@ -137,51 +137,53 @@ class Index:
             return str(artifact.path)
         return artifact.path.relative_to(self.path).as_posix()
 
-    def find(self, link: Link) -> Found:
+    def find(self, link: Link) -> ResolvedLink:
         """Find the input behind a link."""
         now = None
         inner = self.inner(link.path)
         if inner is not None:
             name, part = inner
             if name in self.damaged:
-                return Found("damaged", link, self.path / name, error="its manifest is damaged")
+                return ResolvedLink("damaged", link, self.path / name, error="its manifest is damaged")
             here = self.artifacts.get(name)
             now = part_digest(here.manifest, part) if here else None
             if matching := self._with_part(name, part, link.digest):
                 artifact = _version_read(matching, link)
                 if now == link.digest:
-                    return Found("same", link, artifact.path / part, artifact, part, again=artifact is not here)
-                return Found("replaced", link, artifact.path / part, artifact, part, now)
+                    return ResolvedLink("same", link, artifact.path / part, artifact, part, again=artifact is not here)
+                return ResolvedLink("replaced", link, artifact.path / part, artifact, part, now)
         if link.digest in self._by_digest:
             artifact = self._by_digest[link.digest]
-            return Found("replaced", link, artifact.path, artifact, now=now)
+            return ResolvedLink("replaced", link, artifact.path, artifact, now=now)
         if inner is not None and now is not None:
-            return Found("changed", link, self.path / inner[0] / inner[1], self.artifacts[inner[0]], inner[1], now)
+            return ResolvedLink(
+                "changed", link, self.path / inner[0] / inner[1], self.artifacts[inner[0]], inner[1], now
+            )
         try:
             return self._find_outside(link, inner)
         except UserError as error:
-            return Found("damaged", link, Path(link.path), inside=False, error=str(error))
+            return ResolvedLink("damaged", link, Path(link.path), inside=False, error=str(error))
 
-    def input_of(self, artifact: Artifact, name: str) -> Found | None:
+    def input_of(self, artifact: Artifact, name: str) -> ResolvedLink | None:
         """Find an input of an artifact; None if there is no such input or its content is not found."""
         for link in links_of(artifact.manifest):
             if link.name == name and (found := self.find(link)).state in ("same", "replaced"):
                 return found
         return None
 
-    def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> Found:
+    def _find_outside(self, link: Link, inner: tuple[str, str] | None) -> ResolvedLink:
         """Find an input that no stage of the run made: a user's file, a model, an artifact of another run."""
         # An input that was in the run has to be in the run now, not in a former directory of it that still exists.
         place = Path(link.path) if inner is None else self.path / inner[0] / inner[1]
         if not link.path.startswith("hf:") and not exists_or_matches(place):
-            return Found("gone", link, place, inside=inner is not None)
+            return ResolvedLink("gone", link, place, inside=inner is not None)
         if place not in self._outside:
             self._outside[place] = input_digest(link.path if inner is None else place)
         now = self._outside[place]
         artifact = Artifact.open(place) if (place / MANIFEST).is_file() else None
         if now == link.digest:
-            return Found("same", link, place, artifact, inside=False)
-        return Found("changed", link, place, artifact, now=now, inside=False)
+            return ResolvedLink("same", link, place, artifact, inside=False)
+        return ResolvedLink("changed", link, place, artifact, now=now, inside=False)
 
     def inner(self, recorded: str) -> tuple[str, str] | None:
         """Resolve a recorded path to an artifact's name and a part of it; None if it was not in the run."""

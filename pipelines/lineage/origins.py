@@ -26,7 +26,7 @@ from contracts.records import (
     Score,
 )
 from pipelines.lineage.ancestry import ancestry
-from pipelines.lineage.links import Found, Index, Link, is_superseded, links_of
+from pipelines.lineage.links import Index, Link, ResolvedLink, is_superseded, links_of
 
 RECORDS: dict[Schema, type[Any]] = {
     PAIRS: Pair,
@@ -36,8 +36,8 @@ RECORDS: dict[Schema, type[Any]] = {
     SCORES: Score,
 }
 """Record type of the rows, by schema."""
-OF_A_PAIR = ("pair_id", "iteration", "chosen_sample", "rejected_sample", "margin")
-TAKES = {"select": ("rounds", "earlier"), "draw": ("sources",)}
+PAIR_FIELDS = ("pair_id", "iteration", "chosen_sample", "rejected_sample", "margin")
+COPYING_STAGES = {"select": ("rounds", "earlier"), "draw": ("sources",)}
 """Stages that publish rows of other stages unchanged, with the inputs that these rows come from."""
 
 
@@ -69,11 +69,11 @@ class Search:
             "prompts": [
                 self._imported(row) | {"messages": msgspec.to_builtins(row.record.messages)}
                 for row in self._rows(PROMPTS, "prompt_id", prompt_id)
-                if not self._takes(row)
+                if not self._copied_inputs(row)
             ],
             "rollouts": [self._rollout(row) for row in self._rows(ROLLOUTS, "prompt_id", prompt_id)],
             "pairs": [
-                {"pairs": self.index.name_of(row.artifact), **{name: getattr(row.record, name) for name in OF_A_PAIR}}
+                {"pairs": self.index.name_of(row.artifact), **{name: getattr(row.record, name) for name in PAIR_FIELDS}}
                 for row in self._rows(PAIRS, "prompt_id", prompt_id)
             ],
             "experience": [self._experience(row) for row in self._rows(EXPERIENCE, "prompt_id", prompt_id)],
@@ -85,25 +85,25 @@ class Search:
         for artifact in self._of(schema):
             yield from self._rows_in(artifact, field, value)
 
-    def _row_in(self, found: Found | None, field: str, value: str) -> OriginRow | None:
+    def _row_in(self, found: ResolvedLink | None, field: str, value: str) -> OriginRow | None:
         """The first row with this value in an artifact that was found."""
         return next(self._rows_in(found.artifact, field, value), None) if found and found.artifact else None
 
-    def _made_as(self, row: OriginRow) -> OriginRow:
-        """The row in the artifact where it was made, for a row that a stage has copied (`TAKES`)."""
-        links = [link for link in links_of(row.artifact.manifest) if link.name.startswith(self._takes(row))]
+    def _original_row(self, row: OriginRow) -> OriginRow:
+        """The row in the artifact where it was made, for a row that a stage has copied (`COPYING_STAGES`)."""
+        links = [link for link in links_of(row.artifact.manifest) if link.name.startswith(self._copied_inputs(row))]
         for found in map(self.index.find, links):
             usable = found if found.state in ("same", "replaced") else None
             source = self._row_in(usable, "prompt_id", row.record.prompt_id)
             if source is not None and getattr(source.record, "iteration", None) == getattr(
                 row.record, "iteration", None
             ):
-                return self._made_as(source)
+                return self._original_row(source)
         return row
 
     @staticmethod
-    def _takes(row: OriginRow) -> tuple[str, ...]:
-        return TAKES.get(row.artifact.manifest.stage, ())
+    def _copied_inputs(row: OriginRow) -> tuple[str, ...]:
+        return COPYING_STAGES.get(row.artifact.manifest.stage, ())
 
     def _rows_in(self, artifact: Artifact, field: str, value: str, shard: str | None = None) -> Iterator[OriginRow]:
         """The rows of an artifact, or of one shard, with this value; only lines that contain it are decoded."""
@@ -130,7 +130,7 @@ class Search:
         """Prompt, responses, scores and policy of a pair, and the checkpoints trained on it."""
         index, pair = self.index, row.record
         sampled = self._row_in(index.input_of(row.artifact, "rollouts"), "prompt_id", pair.prompt_id)
-        origin = self._made_as(sampled) if sampled else None
+        origin = self._original_row(sampled) if sampled else None
         policy = index.input_of(origin.artifact, "policy") if origin else None
         labels = index.input_of(row.artifact, "scores")
         answers = {answer["sample"]: answer for answer in self._answers(sampled, row.artifact)} if sampled else {}
@@ -138,7 +138,7 @@ class Search:
         if origin is not None:
             imported = self._row_in(index.input_of(origin.artifact, "prompts"), "prompt_id", pair.prompt_id)
             prompt["messages"] = msgspec.to_builtins(origin.record.messages)
-            prompt["from"] = self._imported(self._made_as(imported)) if imported else None
+            prompt["from"] = self._imported(self._original_row(imported)) if imported else None
         sides = {
             side: answers.get(getattr(pair, f"{side}_sample"), {**_sampling_of(None), "scores": {}})
             | {
@@ -180,7 +180,7 @@ class Search:
 
     def _rollout(self, row: OriginRow) -> dict[str, Any]:
         """A rollout with its policy, responses and scores."""
-        policy = self.index.input_of(self._made_as(row).artifact, "policy")
+        policy = self.index.input_of(self._original_row(row).artifact, "policy")
         return {
             "rollouts": self.index.name_of(row.artifact),
             "iteration": row.record.iteration,

@@ -10,7 +10,7 @@ from rich.console import Console
 from contracts.artifacts import Artifact, artifact_of
 from contracts.errors import UserError
 from contracts.records import CHECKPOINT
-from pipelines.lineage.ancestry import ancestry, around
+from pipelines.lineage.ancestry import ancestry, index_around
 from pipelines.lineage.links import RUN, Index, Link, links_of, run_of
 from pipelines.lineage.origins import Search
 from pipelines.lineage.view import show
@@ -46,7 +46,7 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
     """
     for path in [Path(what).absolute(), *([run.absolute() / what] if run else [])]:
         if path.exists() and (artifact := artifact_of(path)):
-            return {"what": what, "kind": "artifact", **ancestry(around(artifact.path), artifact)}
+            return {"what": what, "kind": "artifact", **ancestry(index_around(artifact.path), artifact)}
     runs = [RunDirectory.existing(run).path] if run else runs_here()
     indexes = [Index(path) for path in runs]
     if PREFIX.fullmatch(what) and (by_digest := _by_digest(indexes, what)):

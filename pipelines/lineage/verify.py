@@ -18,7 +18,7 @@ from contracts.jsonl import COMPRESSED, open_stored
 from contracts.manifest import MANIFEST, File, content_digest
 from contracts.records import CHECKPOINT, EXPERIENCE, PAIRS, ROLLOUTS, SCORES
 from contracts.stage import stage_key
-from pipelines.lineage.crosscheck import disagreements, wrong_metrics
+from pipelines.lineage.crosscheck import contradictions, metric_mismatches
 from pipelines.lineage.links import (
     RUN,
     Index,
@@ -135,8 +135,10 @@ class _Verification:
         if self.whole_run:
             problems += self.check_run()
         if self.whole_run and not self.driven:
-            problems += wrong_metrics(self.index, [artifact for artifact in self.targets if self.is_readable(artifact)])
-            problems += [f"{path}: files without a manifest.json" for path in unpublished(self.index.path)]
+            problems += metric_mismatches(
+                self.index, [artifact for artifact in self.targets if self.is_readable(artifact)]
+            )
+            problems += [f"{path}: files without a manifest.json" for path in unpublished_directories(self.index.path)]
             self.findings.warnings += leftovers(self.index.path)
         return self.findings
 
@@ -174,7 +176,7 @@ class _Verification:
             released = self.released_of(artifact)
             findings.released += len(released)
             jobs += [(artifact, file) for file in artifact.manifest.files if file.path not in released]
-            for name in strays(artifact):
+            for name in unlisted_files(artifact):
                 stray = f"{artifact.path / name}: no manifest lists it"
                 if artifact.manifest.schema == CHECKPOINT and (name.endswith(".safetensors") or name in MODEL_FILES):
                     findings.problems.append(f"{stray}, and whoever loads the checkpoint may take it")
@@ -186,7 +188,9 @@ class _Verification:
             Progress(console=console, transient=True, disable=not shown) as progress,
         ):
             task = progress.add_task("reading files", total=sum(file.bytes for _, file in jobs))
-            for (artifact, file), (rows, problem) in zip(jobs, pool.map(lambda job: examine(*job), jobs), strict=True):
+            for (artifact, file), (rows, problem) in zip(
+                jobs, pool.map(lambda job: verify_file(*job), jobs), strict=True
+            ):
                 findings.files += 1
                 findings.bytes += file.bytes
                 findings.rows += rows
@@ -218,8 +222,8 @@ class _Verification:
                     (problems if serious else notes).setdefault(text, []).append(f"{link.name} of {reader}")
                 if not found.inside and found.state == "same" and found.artifact:
                     outside.add(found.place)
-        self.findings.problems += [f"{text}; input {named(readers)}" for text, readers in problems.items()]
-        self.findings.notes += [f"{text}; input {named(readers)}" for text, readers in notes.items()]
+        self.findings.problems += [f"{text}; input {list_readers(readers)}" for text, readers in problems.items()]
+        self.findings.notes += [f"{text}; input {list_readers(readers)}" for text, readers in notes.items()]
         for place in sorted(outside):
             self.findings.problems += input_damage(place)
 
@@ -234,7 +238,7 @@ class _Verification:
                     groups.setdefault(rollouts.path, (rollouts, []))[1].append(artifact)
         for rollouts, derived in groups.values():
             policy = self.index.input_of(rollouts, "policy")
-            wrong = disagreements(rollouts, model_of(policy) if policy else None, derived)
+            wrong = contradictions(rollouts, model_of(policy) if policy else None, derived)
             try:
                 self.findings.problems += islice(wrong, SHOWN)
                 if more := sum(1 for _ in wrong):
@@ -271,7 +275,7 @@ def sha256_of(artifact: Artifact) -> dict[str, str]:
     return {file.path: file.sha256 for file in artifact.manifest.files}
 
 
-def examine(artifact: Artifact, file: File) -> tuple[int, str | None]:
+def verify_file(artifact: Artifact, file: File) -> tuple[int, str | None]:
     """The number of rows in a published file, and its difference from the manifest, if any."""
     path = artifact.path / file.path
     try:
@@ -289,7 +293,7 @@ def count_rows(path: Path) -> int:
         return sum(1 for line in lines if line.strip())
 
 
-def strays(artifact: Artifact) -> list[str]:
+def unlisted_files(artifact: Artifact) -> list[str]:
     """Files in an artifact's directory that its manifest does not list."""
     known = {MANIFEST, RELEASED}
     for file in artifact.manifest.files:
@@ -299,7 +303,7 @@ def strays(artifact: Artifact) -> list[str]:
     return sorted(set(found) - known)
 
 
-def unpublished(run: Path) -> Iterator[Path]:
+def unpublished_directories(run: Path) -> Iterator[Path]:
     """Directories of a run that contain files but no manifest."""
     for folder, subfolders, files in os.walk(run):
         here = Path(folder)
@@ -322,7 +326,7 @@ def leftovers(run: Path) -> list[str]:
     return found + [f"{path}: {text}" for path, _ in gc.leftovers(run) if path.is_dir()]
 
 
-def named(readers: list[str]) -> str:
+def list_readers(readers: list[str]) -> str:
     """`model of a, model of b and 3 more`."""
     more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
     return ", ".join(readers[:3]) + more

@@ -11,7 +11,7 @@ import msgspec
 from handmade import HandmadeRun
 
 from contracts.records import Rollout, Score
-from pipelines.commands.declaring import opened
+from pipelines.commands.declaring import open_run
 from pipelines.insight.report.data import RunReport
 from pipelines.insight.report.gather import gather
 from pipelines.insight.report.keep import Keep
@@ -88,7 +88,7 @@ class ReportedRun(HandmadeRun):
 
 def gathered(path: Path) -> RunReport:
     """The report of a run."""
-    return gather(*opened(path), Keep())
+    return gather(*open_run(path), Keep())
 
 
 def answers(report: RunReport) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands.declaring import Screen, opened
+from pipelines.commands.declaring import Screen, open_run
 from pipelines.insight.display import Display
 from pipelines.insight.plan import timeline, view_plan
 from pipelines.main import main
@@ -52,7 +52,7 @@ def test_every_value_of_a_table_is_whole(
 
 
 def test_a_timeline_fits(run: Path) -> None:
-    opened_run, graph = opened(run)
+    opened_run, graph = open_run(run)
     cluster = cluster_of(opened_run.config)
     view = view_plan(place(graph, cluster), opened_run.config, cluster, opened_run.events())
     for width in (40, 60):
@@ -66,7 +66,7 @@ def test_a_timeline_fits(run: Path) -> None:
 def test_the_live_table_names_every_stage_that_runs(width: int, run: Path) -> None:
     said = io.StringIO()
     console = Screen(file=said, force_terminal=True, width=width, height=50, color_system=None)
-    opened_run, graph = opened(run)
+    opened_run, graph = open_run(run)
     names = ["iteration-001/heldout/generation", "setup/reward-model/training", "iteration-002/training"]
     begun = [StageStarted(stage=name, key="", reason="", attempt="attempt-1", time=1.0) for name in names]
     with Display(console, RunDirectory(opened_run.path), graph) as display:

@@ -16,7 +16,7 @@ from annotation.config import CheckpointEvaluationConfig
 from contracts.artifacts import Artifact
 from contracts.manifest import read_manifest, with_checksum
 from contracts.records import CHECKPOINT_EVALUATION, Pair, Rollout, Score
-from pipelines.commands.declaring import opened
+from pipelines.commands.declaring import open_run
 from pipelines.insight.report import keep as keep_module
 from pipelines.insight.report import page as page_module
 from pipelines.insight.report.command import write_report
@@ -199,7 +199,7 @@ def test_figures_are_those_of_the_artifacts(reported_run: ReportedRun) -> None:
 def test_chunks_hold_every_answer(reported_run: ReportedRun) -> None:
     """What the browser of samples shows is what was published, token by token."""
     keep = Keep()
-    report = gather(*opened(reported_run.path), keep)
+    report = gather(*open_run(reported_run.path), keep)
     for found in report.sets:
         assert len(found.chunks) == 1
         groups = unpacked(keep.chunk(f"{found.key}-0"))
@@ -370,9 +370,9 @@ def test_texts_of_tokens(tmp_path: Path, tokenizer: Any, texts: dict[int, str]) 
 
 def test_writing_twice_is_the_same(run: Path) -> None:
     """But for the time that it names."""
-    write_report(*opened(run), run / "report.html")
+    write_report(*open_run(run), run / "report.html")
     first = (run / "report.samples").stat().st_mtime_ns
-    write_report(*opened(run), run / "report.html")
+    write_report(*open_run(run), run / "report.html")
     assert (run / "report.samples").stat().st_mtime_ns == first
 
 

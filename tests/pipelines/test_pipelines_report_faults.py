@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from reported import ReportedRun, answers, gathered, page_of
 
-from pipelines.commands.declaring import opened
+from pipelines.commands.declaring import open_run
 from pipelines.insight.report.gather import gather
 from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
@@ -221,7 +221,7 @@ def test_hundred_thousand_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_page_of_a_long_run_is_bounded(reported_run: ReportedRun) -> None:
     """Three hundred iterations: the page has the latest of everything, and says what it leaves out."""
     keep = Keep()
-    report = gather(*opened(reported_run.path), keep)
+    report = gather(*open_run(reported_run.path), keep)
     columns = msgspec.structs.replace(report.sets[3].columns)
     count = 1200
     for name in columns.__struct_fields__:

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 from reported import gathered
 
-from pipelines.commands.declaring import opened
+from pipelines.commands.declaring import open_run
 from pipelines.insight.listeners import page as listener
 from pipelines.insight.listeners.page import PageWriter
 from pipelines.insight.report import view
@@ -40,7 +40,7 @@ def test_page_is_written_when_something_has_happened(run: Path) -> None:
     """After each policy that is judged, at the end of the run if anything was published since, and at a failure."""
     page = run / "report.html"
     page.write_text("")
-    writer = PageWriter(*opened(run))
+    writer = PageWriter(*open_run(run))
 
     def writes(*events: Event) -> bool:
         page.write_text("")
@@ -61,7 +61,7 @@ def test_page_is_written_when_something_has_happened(run: Path) -> None:
 def test_large_reports_are_made_elsewhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many new answers are left to a process of its own; what goes wrong there is raised once."""
     monkeypatch.setattr(listener, "INLINE_BYTES", 10)
-    writer = PageWriter(*opened(run))
+    writer = PageWriter(*open_run(run))
     writer([StagePublished(stage="iteration-002/generation", key="k")])
     assert not (run / "report.html").exists()
     writer([StagePublished(stage="iteration-001/evaluation", key="k")])
@@ -76,7 +76,7 @@ def test_large_reports_are_made_elsewhere(run: Path, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def served(run: Path) -> Iterator[tuple[Path, int]]:
     """A run that `pipeline view` serves, and the port."""
-    server = make_server(LiveReport(lambda: opened(run)), 0)
+    server = make_server(LiveReport(lambda: open_run(run)), 0)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield run, int(server.server_address[1])
@@ -112,7 +112,7 @@ def test_view(served: tuple[Path, int]) -> None:
 def test_view_sees_what_happens(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new event makes a new version, where it changes what the report says."""
     monkeypatch.setattr(view, "SECONDS", -1.0)
-    live = LiveReport(lambda: opened(run))
+    live = LiveReport(lambda: open_run(run))
     assert live.renew() == 1
     assert live.renew() == 1
     RunDirectory(run).record(StageWaits(stage="iteration-002/evaluation", text="for a machine"))

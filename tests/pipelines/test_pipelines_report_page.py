@@ -12,7 +12,7 @@ from reported import ReportedRun
 
 from contracts.artifacts import Artifact
 from contracts.records import Pair, Rollout
-from pipelines.commands.declaring import opened
+from pipelines.commands.declaring import open_run
 from pipelines.insight.report import page
 from pipelines.insight.report.command import write_report
 from pipelines.insight.report.view import LiveReport, make_server
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> HandmadeRun:
 @pytest.fixture(scope="module")
 def address(made: HandmadeRun) -> str:
     """Of its page, as a file."""
-    write_report(*opened(made.path), made.path / "report.html")
+    write_report(*open_run(made.path), made.path / "report.html")
     return (made.path / "report.html").as_uri()
 
 
@@ -187,7 +187,7 @@ def test_samples_beside_the_page(
 ) -> None:
     """What does not fit into the page is read from the folder beside it, also from a file; without it that is said."""
     monkeypatch.setattr(page, "PAGE_BYTES", 0)
-    others = write_report(*opened(made.path), tmp_path / "page.html")
+    others = write_report(*open_run(made.path), tmp_path / "page.html")
     assert others
     browser.resize(*DESK)
     browser.open((tmp_path / "page.html").as_uri())
