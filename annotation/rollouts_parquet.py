@@ -20,14 +20,14 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from annotation.data.parquet import IDS, TOOLS, further_of, plain, turn_of
+from annotation.data.parquet import IDS, TOOLS, flat_row, optional_fields_of, turn_type
 from contracts.artifacts import Artifact
 from contracts.errors import as_user_error
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 
 ROWS_PER_GROUP = 1_000
 _SAMPLING = {"temperature": pa.float64(), "top_p": pa.float64(), "top_k": pa.int32(), "max_tokens": pa.int32()}
-_FURTHER_SAMPLING = {
+_OPTIONAL_SAMPLING = {
     "min_p": pa.float64(),
     "min_tokens": pa.int32(),
     "repetition_penalty": pa.float64(),
@@ -58,33 +58,33 @@ def write(rollouts: Path, scores: Mapping[str, Path], target: Path) -> None:
     """
     artifact = Artifact.open(rollouts, ROLLOUTS)
     found = {name: _scores(path) for name, path in scores.items()}
-    further: set[str] = set()
+    optional: set[str] = set()
     for rollout in artifact.rows(Rollout):
-        further |= further_of(rollout) | {
+        optional |= optional_fields_of(rollout) | {
             name
             for completion in rollout.completions
             if completion.sampling is not None
-            for name in _FURTHER_SAMPLING
+            for name in _OPTIONAL_SAMPLING
             if getattr(completion.sampling, name) is not msgspec.UNSET
         }
-    schema = schema_of(further, list(found), {name: _parts_of(rows.values()) for name, rows in found.items()})
+    schema = schema_of(optional, list(found), {name: _parts_of(rows.values()) for name, rows in found.items()})
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for rows in _groups(artifact, found):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def schema_of(further: set[str], scorers: list[str], parts: Mapping[str, Sequence[str]] | None = None) -> pa.Schema:
-    """The columns for rollouts with the optional fields `further` (of messages, of sampling, and the tools), with
+def schema_of(optional: set[str], scorers: list[str], parts: Mapping[str, Sequence[str]] | None = None) -> pa.Schema:
+    """The columns for rollouts with the optional fields `optional` (of messages, of sampling, and the tools), with
     scores by `scorers` that have these `parts`."""
-    sampling = {**_SAMPLING, **{name: held for name, held in _FURTHER_SAMPLING.items() if name in further}}
-    tools = {TOOLS: pa.string()} if TOOLS in further else {}
+    sampling = {**_SAMPLING, **{name: held for name, held in _OPTIONAL_SAMPLING.items() if name in optional}}
+    tools = {TOOLS: pa.string()} if TOOLS in optional else {}
     numbers = pa.list_(pa.float64())
     lists = dict.fromkeys(scorers, numbers)
     made_of = {name: pa.struct(dict.fromkeys(own, numbers)) for name, own in (parts or {}).items() if own}
     return pa.schema(
         {
             "prompt_id": pa.string(),
-            "messages": pa.list_(turn_of(further)),
+            "messages": pa.list_(turn_type(optional)),
             "prompt_ids": IDS,
             "completions": pa.list_(pa.struct({**_COMPLETION, "sampling": pa.struct(sampling)})),
             "policy": pa.string(),
@@ -107,7 +107,7 @@ def _groups(artifact: Artifact, scores: Mapping[str, Scores]) -> Iterator[list[d
     parts = {name: _parts_of(found.values()) for name, found in scores.items()}
     rows = []
     for rollout in artifact.rows(Rollout):
-        row = plain(msgspec.to_builtins(rollout))
+        row = flat_row(msgspec.to_builtins(rollout))
         keys = [(rollout.prompt_id, completion.sample) for completion in rollout.completions]
         own = {name: [found.get(key) for key in keys] for name, found in scores.items()}
         row["scores"] = {name: [None if one is None else one.score for one in found] for name, found in own.items()}

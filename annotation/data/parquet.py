@@ -37,42 +37,42 @@ _COLUMNS = {
     "strategy": pa.string(),
     "iteration": pa.int32(),
 }
-FURTHER = tuple(field.name for field in msgspec.structs.fields(Message) if not field.required)
+OPTIONAL_FIELDS = tuple(field.name for field in msgspec.structs.fields(Message) if not field.required)
 TOOLS, TAGS = "tools", "tags"
 
 
-def schema_of(further: Collection[str]) -> pa.Schema:
-    """The columns for pairs with the optional fields `further`: fields of messages, the tools, or the tags."""
-    tools = {TOOLS: pa.string()} if TOOLS in further else {}
-    tags = {TAGS: pa.list_(pa.string())} if TAGS in further else {}
-    return pa.schema({**_COLUMNS, "messages": pa.list_(turn_of(further)), **tools, **tags})
+def schema_of(optional: Collection[str]) -> pa.Schema:
+    """The columns for pairs with the optional fields `optional`: fields of messages, the tools, or the tags."""
+    tools = {TOOLS: pa.string()} if TOOLS in optional else {}
+    tags = {TAGS: pa.list_(pa.string())} if TAGS in optional else {}
+    return pa.schema({**_COLUMNS, "messages": pa.list_(turn_type(optional)), **tools, **tags})
 
 
-def turn_of(further: Collection[str]) -> pa.StructType:
+def turn_type(optional: Collection[str]) -> pa.StructType:
     """The type of one turn of a conversation."""
     return pa.struct(
-        {name: pa.string() for name in ("role", "content", *(name for name in FURTHER if name in further))}
+        {name: pa.string() for name in ("role", "content", *(name for name in OPTIONAL_FIELDS if name in optional))}
     )
 
 
-def further_of(rollout: Rollout) -> set[str]:
+def optional_fields_of(rollout: Rollout) -> set[str]:
     """The optional fields that a rollout's conversation has: fields of turns, the tools and the tags."""
-    found = {name for turn in rollout.messages for name in FURTHER if getattr(turn, name) is not msgspec.UNSET}
+    found = {name for turn in rollout.messages for name in OPTIONAL_FIELDS if getattr(turn, name) is not msgspec.UNSET}
     return found | ({TOOLS} if rollout.tools is not msgspec.UNSET else set()) | ({TAGS} if rollout.tags else set())
 
 
 class PairsParquet:
     """Writes pairs in row groups of a fixed size, so that the same pairs give the same bytes."""
 
-    def __init__(self, path: Path, further: Collection[str] = ()) -> None:
-        self._schema = schema_of(further)
+    def __init__(self, path: Path, optional: Collection[str] = ()) -> None:
+        self._schema = schema_of(optional)
         self._writer: Any = pq.ParquetWriter(path, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """Append pairs."""
         for pair in pairs:
-            self._rows.append(plain(msgspec.to_builtins(pair)))
+            self._rows.append(flat_row(msgspec.to_builtins(pair)))
             if len(self._rows) == ROWS_PER_GROUP:
                 self._flush(ROWS_PER_GROUP)
 
@@ -93,7 +93,7 @@ class PairsParquet:
         self._writer.close()
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
+def flat_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of pairs or rollouts with its lists of objects (tools and tool calls) encoded as JSON text."""
     for holder, name in ((row, TOOLS), *((turn, "tool_calls") for turn in row["messages"])):
         if name in holder:

@@ -170,8 +170,8 @@ class PreferenceRow:
 
     def read(self) -> Preference | str:
         """The pair, or the reason why it cannot be used."""
-        asked = self._prompt()
-        (*before, better), (*other, worse) = (self._conversation(column, asked) for column in ("chosen", "rejected"))
+        prompt = self._prompt()
+        (*before, better), (*other, worse) = (self._conversation(column, prompt) for column in ("chosen", "rejected"))
         if before != other:
             return "different_prompts"
         if not before or (better.role, worse.role) != ("assistant", "assistant"):
@@ -195,7 +195,7 @@ class PreferenceRow:
         name, value = self._find("prompt")
         return () if value is None else read_messages(value, self.place, name, set())
 
-    def _conversation(self, column: PreferenceColumn, asked: tuple[Message, ...]) -> tuple[Message, ...]:
+    def _conversation(self, column: PreferenceColumn, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
         """The whole conversation that ends with one of the answers; the prompt is part of the column or has its own."""
         name, value = self._find(column)
         if value is None and has_column(self.values, name):
@@ -209,13 +209,13 @@ class PreferenceRow:
         if turns == (Message("user", str(value)),):  # a text without turns
             turns = (Message("assistant", str(value)),)
         if turns and turns[0].role == "assistant":
-            if not asked:
+            if not prompt:
                 raise UserError(
                     f"{self.place}, column {name!r}: an answer alone, and no column {' or '.join(NAMES['prompt'])} "
                     "says what was asked. Set columns={prompt: NAME}."
                 )
-            return (*asked, *turns)
-        if asked and not {message.content.strip() for message in asked} <= {turn.content.strip() for turn in turns}:
+            return (*prompt, *turns)
+        if prompt and not {message.content.strip() for message in prompt} <= {turn.content.strip() for turn in turns}:
             raise UserError(
                 f"{self.place}: the conversation in {name!r} is not that of the prompt, which has a column of its own. "
                 "Set columns={prompt: null} if that is something else."

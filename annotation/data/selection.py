@@ -23,7 +23,7 @@ from contracts.mixture import no_signal_reason
 from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from contracts.stage import Context, Outcome
 
-CARRIED = ("bos_token_id", "vocabulary", "tokenizer")
+INHERITED_FACTS = ("bos_token_id", "vocabulary", "tokenizer")
 """Facts of rollouts that also hold for a selection from them."""
 
 
@@ -90,13 +90,13 @@ def run(config: SelectConfig, context: Context) -> Outcome:
         )
     seen.update(row.prompt_id for rows, _ in parts for row in rows)
     for path, share in zip(config.earlier, config.shares, strict=True):
-        rows, ledger = _part(Artifact.open(path, ROLLOUTS), share, config.seed, seen)
+        rows, ledger = _draw_share(Artifact.open(path, ROLLOUTS), share, config.seed, seen)
         seen.update(row.prompt_id for row in rows)
         parts.append((rows, ledger))
     filled = [(rows, ledger) for rows, ledger in parts if ledger.rows_in]
     for number, (rows, ledger) in enumerate(filled):
         context.publication.write_rows(f"shard-{number:05d}.jsonl", rows, ledger)
-    facts = {name: first.manifest.facts[name] for name in CARRIED if name in first.manifest.facts}
+    facts = {name: first.manifest.facts[name] for name in INHERITED_FACTS if name in first.manifest.facts}
     facts |= {"replayed": sum(len(rows) for rows, _ in parts) - kept}
     note = ""
     if config.margin is not None:
@@ -121,7 +121,7 @@ def _with_signal(config: SelectConfig, path: Path, scores: Path) -> tuple[list[R
     return rows, ledger
 
 
-def _part(rollouts: Artifact, share: float, seed: int, seen: set[str]) -> tuple[list[Rollout], Ledger]:
+def _draw_share(rollouts: Artifact, share: float, seed: int, seen: set[str]) -> tuple[list[Rollout], Ledger]:
     """Draw a share of the prompts of an earlier iteration, without those in `seen`, so that no prompt occurs twice.
 
     With the same seed, the prompts of a smaller share are a subset of those of a larger one.

@@ -97,7 +97,7 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
     metric = ranking_metric(initial.values)
     best = earlier.best if earlier else initial
     bases: dict[Basis, Measured] = {"initial": initial, "previous": earlier.last if earlier else initial, "best": best}
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     holds: dict[str, bool | None] = {}
     streaks: dict[str, int] = {}
     for name, gate in gates.items():
@@ -106,21 +106,21 @@ def decide(config: GateConfig, initial: Measured, now: Measured, earlier: GateDe
             holds[name], streaks[name] = None, before
             continue
         found = _holds(gate, now, bases) if config.iteration >= gate.first else (False, "")
-        holds[name], said[name] = found
+        holds[name], texts[name] = found
         streaks[name] = before + 1 if holds[name] else 0
     rollbacks = {name: earlier.rollbacks.get(name, 0) if earlier else 0 for name in gates}
     refused = any(holds[name] for name, gate in gates.items() if gate.do != "warn")
     if not refused:
         best = _better(now, best, metric)
-    warnings = {name: text for name, text in said.items() if holds[name] is None}
+    warnings = {name: text for name, text in texts.items() if holds[name] is None}
     action: Literal["go on", "stop", "rollback"] = "go on"
     decided, reason, start = None, None, now
     for name, gate in sorted(gates.items(), key=lambda item: _action_rank(item[1], rollbacks[item[0]])):
-        if streaks[name] < gate.patience or name not in said:
+        if streaks[name] < gate.patience or name not in texts:
             continue
         rank = _action_rank(gate, rollbacks[name])
         lasting = f" for {streaks[name]} iterations in a row" if gate.patience > 1 else ""
-        text = f"{said[name]}{lasting}"
+        text = f"{texts[name]}{lasting}"
         if decided is not None or rank == WARN:
             warnings[name] = text
             continue

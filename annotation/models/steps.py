@@ -44,10 +44,10 @@ def divide(text: str, separator: re.Pattern[str]) -> list[StepSpan]:
     bounds = [0, *(bound for found in separator.finditer(text) for bound in found.span()), len(text)]
     steps: list[StepSpan] = []
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        said = text[start:end].strip()
-        if said:
-            begin = text.index(said, start)
-            steps.append(StepSpan(begin, begin + len(said)))
+        step = text[start:end].strip()
+        if step:
+            begin = text.index(step, start)
+            steps.append(StepSpan(begin, begin + len(step)))
     return steps or [StepSpan(0, 0)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from annotation.data.parquet import PairsParquet, further_of
+from annotation.data.parquet import PairsParquet, optional_fields_of
 from annotation.pairing.choice import BEYOND_LIMIT, Choice, choose
 from annotation.pairing.config import PairsConfig
 from annotation.pairing.strategies import Candidate, PairPrompt
@@ -37,7 +37,7 @@ def run(config: PairsConfig, context: Context) -> Outcome:
     ledger = Ledger("pairs")
     summary = Summary()
     bos = rollouts.manifest.facts.get("bos_token_id")
-    further: set[str] = set()
+    optional: set[str] = set()
     with context.timed("load"):
         propose = config.load()
     choose_of = functools.partial(
@@ -60,7 +60,7 @@ def run(config: PairsConfig, context: Context) -> Outcome:
             pairs = list(_records(config, rollout, choice.pairs))
             for pair in pairs:
                 jsonl.write(encode(pair))
-            further |= further_of(rollout)
+            optional |= optional_fields_of(rollout)
             ledger.keep(len(pairs))
             for reason, count in choice.dropped.items():
                 ledger.drop(reason, count)
@@ -75,7 +75,7 @@ def run(config: PairsConfig, context: Context) -> Outcome:
             "margin, take another strategy, or use a scorer that tells the answers apart."
         )
     ledger.stop_above(config.max_dropped, "pairs", besides=BEYOND_LIMIT)
-    with PairsParquet(publication.scratch(DATASET), further) as dataset:
+    with PairsParquet(publication.scratch(DATASET), optional) as dataset:
         dataset.add(read_jsonl(publication.scratch(SHARD), Pair))
     publication.commit(SHARD, ledger, rows=ledger.kept)
     publication.commit(DATASET, Ledger("pairs"))

@@ -66,15 +66,15 @@ def judge(
     known = answer if answer is None else last_match(extract_answer, answer)
     if known is None:
         return None
-    said = last_match(extract, response)
-    if said is None:
+    found = last_match(extract, response)
+    if found is None:
         return {"score": 0.0, "extracted": ""}
-    plain_said, plain_known = unified(said), unified(known)
-    same = normalised(plain_said, ignore) == normalised(plain_known, ignore)
+    unified_found, unified_known = unified(found), unified(known)
+    same = normalised(unified_found, ignore) == normalised(unified_known, ignore)
     if not same and numbers:
-        one, other = number(plain_said), number(plain_known)
+        one, other = number(unified_found), number(unified_known)
         same = one is not None and one == other
-    return {"score": float(same), "extracted": said[:1000]}
+    return {"score": float(same), "extracted": found[:1000]}
 
 
 def last_match(pattern: str | None, text: str) -> str | None:

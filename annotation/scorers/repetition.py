@@ -27,6 +27,6 @@ class RepetitionConfig(RepetitionSettings, ScoreConfig):
 
 def judge(*, response: str, response_ids: list[int], n: int, unit: str, weight: float, **others: Any) -> float:
     """-weight · (1 - distinct n-grams / n-grams); 0 for answers that are too short to have an n-gram."""
-    said: list[Any] = response.lower().split() if unit == "words" else response_ids
-    grams = [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
+    units: list[Any] = response.lower().split() if unit == "words" else response_ids
+    grams = [tuple(units[start : start + n]) for start in range(len(units) - n + 1)]
     return -weight * (1 - len(set(grams)) / len(grams)) if grams else 0.0
