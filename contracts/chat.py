@@ -19,25 +19,25 @@ from contracts.template import ChatTemplate, TemplateRefusedError, read_json, te
 from contracts.tokenizer import load_tokenizer
 from contracts.turns import (
     THINK_END,
-    lost,
-    lost_call,
-    lost_tool,
-    mark,
-    missing_marks,
+    marker,
+    missing_call,
+    missing_markers,
+    missing_tool,
+    missing_turn,
     occurs,
-    shows_python,
+    shows_parts,
     texts_in,
-    with_marks,
+    with_markers,
 )
 
 Tools = JsonObjects | msgspec.UnsetType
 THINK = "<think>"
-WAYS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": True})
+FORMATS: tuple[dict[str, bool], ...] = ({}, {"parts": True}, {"arguments_as_text": True})
 """Formats in which a template may expect turns (arguments of `template_messages`), in the order of the attempts."""
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Private-use characters that enclose special tokens which the tokenizer must read as text."""
 SLOT, SLOT_END = "\ue0f2", "\ue0f3"
-"""Private-use characters that enclose the number of a slot, which token ids replace (`ChatTokenizer.filled`)."""
+"""Private-use characters that enclose a slot's number; token ids replace it (`ChatTokenizer.with_slots_filled`)."""
 
 
 def slot(number: int) -> str:
@@ -50,7 +50,7 @@ def without_slots(text: str) -> str:
     return _without(text, SLOT, SLOT_END)
 
 
-class Answered(msgspec.Struct, frozen=True):
+class PromptAndAnswer(msgspec.Struct, frozen=True):
     """A conversation that ends with an answer, as token ids."""
 
     prompt: list[int]
@@ -79,7 +79,7 @@ class ChatTokenizer:
         self.date = date
         self.counts: Counter[str] = Counter()
         """Counts of changes to conversations that the user should know about."""
-        self._ways: dict[Any, dict[str, bool]] = {}
+        self._formats: dict[Any, dict[str, bool]] = {}
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -107,11 +107,11 @@ class ChatTokenizer:
                 turn is a whole conversation that was rendered already.
         """
         if for_answer and messages and messages[-1].role == "assistant":
-            return self._begun(messages, tools, what)
+            return self._with_prefill(messages, tools, what)
         safe, tools = self._safe(messages, tools)
         return self._ids(self.render(safe, tools=tools, for_answer=for_answer, what=what), what)
 
-    def filled(
+    def with_slots_filled(
         self, messages: Sequence[Message], ids: Sequence[int], *, tools: Tools = msgspec.UNSET, what: str
     ) -> tuple[list[int], dict[int, int]]:
         """Token ids of a conversation, with `ids` in place of every `slot` in its turns' texts.
@@ -131,10 +131,10 @@ class ChatTokenizer:
         begins: dict[int, int] = {}
         for number, text in zip(others[::2], others[1::2], strict=True):
             begins[int(number)] = len(found)
-            found += [*ids, *self._behind(text)]
-        return self._begins_once(found, what), begins
+            found += [*ids, *self._continuation(text)]
+        return self._with_one_bos(found, what), begins
 
-    def _begun(self, messages: Sequence[Message], tools: Tools, what: str) -> list[int]:
+    def _with_prefill(self, messages: Sequence[Message], tools: Tools, what: str) -> list[int]:
         """Token ids of a conversation up to the end of its prefill, the last turn.
 
         Raises:
@@ -148,9 +148,9 @@ class ChatTokenizer:
         safe, tools = self._safe(before, tools)
         prompt = self.render(safe, tools=tools, for_answer=True, what=what)
         self.counts["begun_answers"] += 1
-        return self._ids(prompt + self._beginning(prompt, safe, last, tools, what), what)
+        return self._ids(prompt + self._prefill_text(prompt, safe, last, tools, what), what)
 
-    def _beginning(self, prompt: str, before: Sequence[Message], last: Message, tools: Tools, what: str) -> str:
+    def _prefill_text(self, prompt: str, before: Sequence[Message], last: Message, tools: Tools, what: str) -> str:
         """The text that follows the rendered prompt if the answer begins with the prefill `last`: the template's text
         before such a turn, and the turn's own."""
         bare = prompt.rstrip()
@@ -159,7 +159,7 @@ class ChatTokenizer:
             text = last.content.lstrip()
             return text.removeprefix(THINK).removeprefix(prompt[len(bare) :]) if thinking else text
         thoughts = "" if last.reasoning_content is msgspec.UNSET else last.reasoning_content
-        marked, said = mark(len(before)), last.content or thoughts
+        marked, said = marker(len(before)), last.content or thoughts
         field = "content" if last.content else "reasoning_content"
         turn: Message = msgspec.structs.replace(last, **{field: marked})
         try:
@@ -171,15 +171,15 @@ class ChatTokenizer:
             if said is thoughts or occurs(thoughts, lead):
                 return lead + said
         elif not thoughts:
-            return said if thinking else self._lead + said
+            return said if thinking else self._answer_lead + said
         raise TemplateRefusedError(
             f"the chat template of {self.path} leaves out the thoughts with which the answer in {what} begins. Write "
             f"them into its text: {THINK}...{THINK_END}."
         )
 
-    def answered(
+    def prompt_and_answer(
         self, messages: Sequence[Message], *, tools: Tools = msgspec.UNSET, what: str = "a conversation"
-    ) -> Answered | str:
+    ) -> PromptAndAnswer | str:
         """Token ids of a conversation that ends with an assistant's turn: those of the prompt, and those of the answer.
 
         The prompt is the same as in generation, and the answer is what the template writes after it, up to the token
@@ -209,17 +209,17 @@ class ChatTokenizer:
         except UserError:  # Mistral's template, for example, drops the system turn unless the last turn is the user's
             full_text = ""
         tail = full_text.removeprefix(prompt_text) if full_text.startswith(prompt_text) else ""
-        if tail and self._holds(last, tail) and not _thinks_twice(last.content, tail):
+        if tail and self._contains(last, tail) and not _thinks_twice(last.content, tail):
             full = self._ids(full_text, what)
-            response = full[len(prompt) :] if full[: len(prompt)] == prompt else self._behind(tail)
+            response = full[len(prompt) :] if full[: len(prompt)] == prompt else self._continuation(tail)
         else:
-            text = _apart(prompt_text, last)
+            text = _answer_text(prompt_text, last)
             if text in ("no_thinking", "left_out"):
                 return text
-            response = self._behind(self._lead + text)
+            response = self._continuation(self._answer_lead + text)
         stops = self.stop_ids
         end = next((index for index, token in enumerate(response) if token in stops), None)
-        return Answered(prompt, [*response, self.end_id] if end is None else response[: end + 1])
+        return PromptAndAnswer(prompt, [*response, self.end_id] if end is None else response[: end + 1])
 
     def render(
         self,
@@ -235,9 +235,9 @@ class ChatTokenizer:
             UserError: as in `conversation`.
         """
         self._refuse_rendered(messages, what)
-        way = self._way(messages, tools, for_answer, what)
-        text = self._rendered(messages, tools, for_answer, what, **way)
-        place = lost(messages, text)
+        turn_format = self._format(messages, tools, for_answer, what)
+        text = self._rendered(messages, tools, for_answer, what, **turn_format)
+        place = missing_turn(messages, text)
         if place is not None:
             turn = messages[place]
             start = " ".join(turn.content.split())[:60]
@@ -245,8 +245,8 @@ class ChatTokenizer:
                 f"the chat template of {self.path} leaves out the text of turn {place + 1} ({turn.role}: {start!r}) of "
                 f"{what}, or changes it. Use conversations that it knows how to write, or another template."
             )
-        call = lost_call(messages, text)
-        tool = None if tools is msgspec.UNSET else lost_tool(tools, text)
+        call = missing_call(messages, text)
+        tool = None if tools is msgspec.UNSET else missing_tool(tools, text)
         if call is not None or tool is not None:
             part = f"tool calls ({call!r})" if call is not None else f"tools ({tool!r})"
             raise TemplateRefusedError(
@@ -298,7 +298,7 @@ class ChatTokenizer:
     def end_id(self) -> int:
         """The token that ends an answer in the template: the first stop token that it writes after one, or else the
         first of all stop tokens."""
-        behind = self._behind(self._sample.rpartition(mark(1))[2])
+        behind = self._continuation(self._sample.rpartition(marker(1))[2])
         return next((token for token in behind if token in self.stop_ids), self.stop_ids[0])
 
     def require_stop(self) -> None:
@@ -309,9 +309,9 @@ class ChatTokenizer:
                 'tokenizer_config.json, or "eos_token_id" in its generation_config.json.'
             )
 
-    def following(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that continues another one; special tokens in it are read as such."""
-        return self._behind(text)
+        return self._continuation(text)
 
     def text(self, response_ids: Sequence[int], behind: Sequence[int] = ()) -> str:
         """Decode a response without its stop token and other special tokens.
@@ -333,10 +333,12 @@ class ChatTokenizer:
 
     # Rendering.
 
-    def _rendered(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str, **way: bool) -> str:
+    def _rendered(
+        self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str, **turn_format: bool
+    ) -> str:
         try:
             return self.template.render(
-                template_messages(messages, **way),
+                template_messages(messages, **turn_format),
                 tools=None if tools is msgspec.UNSET else tools,
                 for_answer=for_answer,
             )
@@ -347,7 +349,7 @@ class ChatTokenizer:
                 "with the roles that it knows, or another model."
             ) from error
 
-    def _way(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
+    def _format(self, messages: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
         """The format in which the template expects such turns, so that it drops none of them.
 
         It is determined once per sequence of roles, with markers in place of the texts.
@@ -357,22 +359,22 @@ class ChatTokenizer:
         """
         shape = tuple((message.role, not message.content.strip(), bool(message.tool_calls)) for message in messages)
         known = (shape, tools is msgspec.UNSET, for_answer)
-        if known not in self._ways:
-            self._ways[known] = self._first_way(with_marks(messages), tools, for_answer, what)
-        return self._ways[known]
+        if known not in self._formats:
+            self._formats[known] = self._first_format(with_markers(messages), tools, for_answer, what)
+        return self._formats[known]
 
-    def _first_way(self, turns: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
-        ways = WAYS if any(turn.tool_calls for turn in turns) else WAYS[:2]
+    def _first_format(self, turns: Sequence[Message], tools: Tools, for_answer: bool, what: str) -> dict[str, bool]:
+        formats = FORMATS if any(turn.tool_calls for turn in turns) else FORMATS[:2]
         problem: UserError | None = None
-        for way in ways:
+        for turn_format in formats:
             try:
-                text = self._rendered(turns, tools, for_answer, what, **way)
+                text = self._rendered(turns, tools, for_answer, what, **turn_format)
             except TemplateRefusedError as error:
                 problem = problem or error
                 continue
-            missing = missing_marks(turns, text)
-            if not missing and not (way.get("parts") and shows_python(text)):
-                return way
+            missing = missing_markers(turns, text)
+            if not missing and not (turn_format.get("parts") and shows_parts(text)):
+                return turn_format
             roles = " and ".join(dict.fromkeys(turns[place].role for place in missing))
             problem = problem or TemplateRefusedError(
                 f"the chat template of {self.path} leaves out the {roles} turn of {what}: its text is not in what the "
@@ -405,41 +407,41 @@ class ChatTokenizer:
         ends: set[str] = set()
         begin = self.tokenizer.bos_token or ""
         for messages in ([Message("user", "?")], [Message("system", "!"), Message("user", "?")]):
-            turns = with_marks(messages)
+            turns = with_markers(messages)
             for for_answer in (True, False):
                 try:
-                    way = self._first_way(turns, msgspec.UNSET, for_answer, "a conversation")
-                    text = self._rendered(turns, msgspec.UNSET, for_answer, "a conversation", **way)
+                    turn_format = self._first_format(turns, msgspec.UNSET, for_answer, "a conversation")
+                    text = self._rendered(turns, msgspec.UNSET, for_answer, "a conversation", **turn_format)
                 except UserError:  # the template does not support a system turn
                     continue
-                openings.update(text.partition(mark(0))[0].strip().removeprefix(begin).split()[:1])
-                ends.add(text.rpartition(mark(len(turns) - 1))[2].strip())
+                openings.update(text.partition(marker(0))[0].strip().removeprefix(begin).split()[:1])
+                ends.add(text.rpartition(marker(len(turns) - 1))[2].strip())
         return tuple(openings), tuple(ends - {""})
 
     @functools.cached_property
     def _sample(self) -> str:
         """A rendered question with its answer, both of which are markers."""
-        return self.render(with_marks([Message("user", "?"), Message("assistant", "!")]))
+        return self.render(with_markers([Message("user", "?"), Message("assistant", "!")]))
 
     @functools.cached_property
-    def _lead(self) -> str:
+    def _answer_lead(self) -> str:
         """The whitespace that the template writes before an answer."""
-        before = self._sample.rpartition(mark(1))[0]
-        prompt = self.render(with_marks([Message("user", "?")]), for_answer=True)
+        before = self._sample.rpartition(marker(1))[0]
+        prompt = self.render(with_markers([Message("user", "?")]), for_answer=True)
         lead = before.removeprefix(prompt)
         return lead if before.startswith(prompt) and not lead.strip() else ""
 
-    def _holds(self, answer: Message, text: str) -> bool:
+    def _contains(self, answer: Message, text: str) -> bool:
         """Whether a text contains all of an answer: its content, thoughts and tool calls."""
         thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
-        return occurs(answer.content, text) and occurs(thoughts, text) and lost_call([answer], text) is None
+        return occurs(answer.content, text) and occurs(thoughts, text) and missing_call([answer], text) is None
 
     # Token ids.
 
     def _ids(self, text: str, what: str) -> list[int]:
-        return self._begins_once(self._encode(text), what)
+        return self._with_one_bos(self._encode(text), what)
 
-    def _begins_once(self, ids: list[int], what: str) -> list[int]:
+    def _with_one_bos(self, ids: list[int], what: str) -> list[int]:
         begin = self.tokenizer.bos_token_id
         if begin is not None and begin not in self.stop_ids and ids[:2] == [begin, begin]:
             raise UserError(
@@ -455,7 +457,7 @@ class ChatTokenizer:
             first, *others = re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)
             ids = self._encode(_without(first, OPEN, CLOSE))
             for number, piece in enumerate(others):
-                ids += self._behind(_without(piece, OPEN, CLOSE), as_text=number % 2 == 0)
+                ids += self._continuation(_without(piece, OPEN, CLOSE), as_text=number % 2 == 0)
             return ids
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = as_text
@@ -470,7 +472,7 @@ class ChatTokenizer:
             )
         return ids
 
-    def _behind(self, text: str, *, as_text: bool = False) -> list[int]:
+    def _continuation(self, text: str, *, as_text: bool = False) -> list[int]:
         """Token ids of a text that continues another one, without the prefix that some tokenizers add at the start."""
         if not text:
             return []
@@ -517,9 +519,9 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
-def _apart(prompt: str, answer: Message) -> str:
+def _answer_text(prompt: str, answer: Message) -> str:
     """The text of an answer to a prompt that may end with `<think>`, for templates that do not render it after the
-    prompt; or the reason why there is none (see `ChatTokenizer.answered`)."""
+    prompt; or the reason why there is none (see `ChatTokenizer.prompt_and_answer`)."""
     thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
     begun = prompt.rstrip()
     if not begun.endswith(THINK):

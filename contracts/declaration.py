@@ -33,7 +33,7 @@ class ModelUse:
     path: Path
     checks: tuple[Callable[[ModelInfo], None], ...] = ()
     """Each raises UserError if the model does not meet it."""
-    of_layers: Callable[[Path], None] | None = None
+    check_architecture: Callable[[Path], None] | None = None
     """A check of the architecture alone, so that it can also be applied to the model that this one is trained from."""
     ids_of: Path | None = None
     """Rollouts whose token ids the model reads: its vocabulary must be that of the policy that sampled them."""
@@ -50,9 +50,9 @@ class ProcessLayout:
     """Whether the user's config sets the number of nodes."""
     shown: str = ""
     """The layout in the config's keys, for messages."""
-    together: int = 1
+    group_size: int = 1
     """Processes that communicate at every layer (tensor, pipeline or sequence parallel)."""
-    talk: str = ""
+    network_keys: str = ""
     """The config keys of the communication over the network; empty if there is none."""
 
 
@@ -86,7 +86,7 @@ class Stage(Generic[C]):
     step_log: str = ""
     """For training stages: the published file with the metrics of every optimizer step, one JSON object per line."""
     layout_keys: tuple[str, ...] = ()
-    """Keys of `placement.stages.KEY.layout` that it supports; see `laid_out`."""
+    """Keys of `placement.stages.KEY.layout` that it supports; see `with_layout`."""
     memory_fix: str = "Free memory, or take a smaller model."
     """Advice for the case that it does not fit into memory."""
 
@@ -164,7 +164,7 @@ class Stage(Generic[C]):
         number of processes."""
         return config
 
-    def laid_out(self, config: C, sizes: Mapping[str, Any]) -> C:
+    def with_layout(self, config: C, sizes: Mapping[str, Any]) -> C:
         """The config with the given layout sizes, by names in `layout_keys`.
 
         Raises:

@@ -1,7 +1,7 @@
 """Streaming: a stage reads an input's shards as they are finished, while the stage that makes the input still runs.
 
-A receipt in the maker's hidden directory says that a shard is finished, and has its digest. The receipt of a shard that
-is computed from it records this digest (`made_from`); if the input is published with a different one, the shard is
+A receipt in the producer's hidden directory says that a shard is finished, and has its digest. The receipt of a shard
+that is computed from it records this digest (`made_from`); if the input is published with a different one, the shard is
 recomputed. So either stage may be killed at any time, and everything that is published was computed from inputs with
 the digests in its manifest.
 
@@ -33,11 +33,11 @@ from contracts.records import Schema
 R = TypeVar("R")
 FOLLOW = "RATCHET_FOLLOW"
 """Environment variable: the unpublished inputs that this stage may follow (`announcement`)."""
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 """Interval at which a waiting stage looks for another shard."""
 
 
-class Maker(msgspec.Struct, frozen=True):
+class Producer(msgspec.Struct, frozen=True):
     """A running stage that makes an input of another one."""
 
     key: str
@@ -46,39 +46,39 @@ class Maker(msgspec.Struct, frozen=True):
     """The key that names its hidden directory."""
 
 
-def announcement(makers: Mapping[str, Maker]) -> str:
-    """The value of `FOLLOW` for makers, by the path at which each will publish."""
-    return msgspec.json.encode(makers).decode()
+def announcement(producers: Mapping[str, Producer]) -> str:
+    """The value of `FOLLOW` for producers, by the path at which each will publish."""
+    return msgspec.json.encode(producers).decode()
 
 
-def maker_of(path: Path) -> Maker | None:
+def producer_of(path: Path) -> Producer | None:
     """The running stage that makes an input, according to `FOLLOW`; None if there is none."""
     announced = os.environ.get(FOLLOW)
-    return msgspec.json.decode(announced, type=dict[str, Maker]).get(str(path)) if announced else None
+    return msgspec.json.decode(announced, type=dict[str, Producer]).get(str(path)) if announced else None
 
 
-def maker_key(path: Path) -> str | None:
+def producer_key(path: Path) -> str | None:
     """The stage key of an input that is published or is being made; None if it is not an artifact."""
     if (path / MANIFEST).is_file():
         return Artifact.open(path).manifest.key
-    maker = maker_of(path)
-    return maker.key if maker is not None else None
+    producer = producer_of(path)
+    return producer.key if producer is not None else None
 
 
-def hidden_key(parts: Mapping[str, Any], field: str | None, maker: str | None) -> str:
+def hidden_key(parts: Mapping[str, Any], field: str | None, producer: str | None) -> str:
     """The key that names a stage's hidden directory.
 
     Args:
         parts: the data that the stage key is a digest of.
         field: the input that the stage can follow, if any.
-        maker: the stage key of that input; None if it is not an artifact.
+        producer: the stage key of that input; None if it is not an artifact.
     """
-    if field is None or maker is None:
+    if field is None or producer is None:
         return digest(parts)
-    return digest({**parts, "inputs": {**parts["inputs"], field: {"key": maker}}})
+    return digest({**parts, "inputs": {**parts["inputs"], field: {"key": producer}}})
 
 
-class MadeFrom:
+class MatchesInput:
     """Checks whether a shard was computed from the published content of the input's shard with the same name."""
 
     def __init__(self, path: Path) -> None:
@@ -105,24 +105,24 @@ class Source:
         """
         self.path = path
         self._schemas = schemas
-        self._maker = maker_of(path)
+        self._producer = producer_of(path)
         self._artifact: Artifact | None = None
         self._intact: dict[str, str] = {}
         self._read: dict[str, str] = {}
-        self.look()
+        self.refresh()
 
-    def look(self) -> bool:
+    def refresh(self) -> bool:
         """Look whether the input is published by now.
 
         Raises:
             TransientError: it is published under a different key than was announced.
         """
-        if self._artifact is None and (self._maker is None or exists_uncached(self.path / MANIFEST)):
+        if self._artifact is None and (self._producer is None or exists_uncached(self.path / MANIFEST)):
             artifact = Artifact.open(self.path, *self._schemas)
-            if self._maker is not None and artifact.manifest.key != self._maker.key:
+            if self._producer is not None and artifact.manifest.key != self._producer.key:
                 raise TransientError(
                     f"{self.path} was published under the key {artifact.manifest.key[:12]}, but this stage was to "
-                    f"follow {self._maker.key[:12]}. The next attempt reads what is published."
+                    f"follow {self._producer.key[:12]}. The next attempt reads what is published."
                 )
             self._artifact = artifact
         return self._artifact is not None
@@ -130,7 +130,7 @@ class Source:
     def wait(self) -> None:
         """Wait for a moment before the next look."""
         beat()
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
     @property
     def whole(self) -> bool:
@@ -153,7 +153,7 @@ class Source:
             if name.startswith("shard-") and name not in self._intact:
                 receipt, content = receipt_in(self._hidden, name), self._content(name)
                 if receipt is not None and content is not None and _sha256(content) == receipt.file.sha256:
-                    self._intact[name] = receipt.file.sha256  # otherwise the maker will notice, and make it again
+                    self._intact[name] = receipt.file.sha256  # otherwise the producer will notice, and make it again
         return list(self._intact)
 
     def rows(self, name: str, record_type: type[R]) -> list[R]:
@@ -179,8 +179,8 @@ class Source:
 
     @property
     def _hidden(self) -> Path:
-        assert self._maker is not None
-        return partial_directory(self.path, self._maker.hidden_key)
+        assert self._producer is not None
+        return partial_directory(self.path, self._producer.hidden_key)
 
     def _content(self, name: str) -> bytes | None:
         for folder in (self._hidden, self.path):  # it may be published between the two

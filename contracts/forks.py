@@ -13,9 +13,9 @@ import msgspec
 
 from contracts.warm import READY, REFUSED, WAITS, ForkRequest
 
-DOOR = "RATCHET_WARM"
+WARM_SOCKET = "RATCHET_WARM"
 """Environment variable: the socket of the process that a stage was forked from, so that the stage can fork replicas."""
-LABEL = "RATCHET_WARM_LABEL"
+WARM_LABEL = "RATCHET_WARM_LABEL"
 """Environment variable: the stage's label."""
 ANSWER_SECONDS = 20.0
 """How long to wait for the answer of a process that is ready."""

@@ -26,7 +26,7 @@ from contracts.sources import HUB, read_rows
 
 ROWS = 200_000
 """Maximum number of rows to read from a source."""
-EACH = 2
+PER_KIND = 2
 """Number of conversations to keep of each kind, the first ones; the longest of all is kept as well."""
 KINDS = 24
 
@@ -61,21 +61,21 @@ def sample(request: SamplingRequest) -> SampledData:
     for conversations in sources.values():
 
         def check(conversations: Iterator[Conversation] = conversations) -> Iterator[Finding]:
-            answer.conversations += of_each_kind(conversations)
+            answer.conversations += few_of_each_kind(conversations)
             yield from ()
 
         answer.findings += findings_of(check)
     return answer
 
 
-def of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
-    """The first `EACH` conversations of every kind, and the longest of all."""
+def few_of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
+    """The first `PER_KIND` conversations of every kind, and the longest of all."""
     kinds: dict[Any, list[Conversation]] = {}
     longest: tuple[int, Conversation | None] = (-1, None)
     for conversation in conversations:
         kind = _kind(conversation)
         kept = kinds.setdefault(kind, []) if kind in kinds or len(kinds) < KINDS else None
-        if kept is not None and len(kept) < EACH:
+        if kept is not None and len(kept) < PER_KIND:
             kept.append(conversation)
             continue
         length = sum(len(message.content) for message in conversation.messages)

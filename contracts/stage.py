@@ -30,7 +30,7 @@ from contracts.declaration import Stage, load
 from contracts.errors import UserError
 from contracts.files import exists_uncached
 from contracts.fingerprint import digest
-from contracts.following import MadeFrom, hidden_key, maker_key, maker_of
+from contracts.following import MatchesInput, hidden_key, producer_key, producer_of
 from contracts.hardware import begin_measuring
 from contracts.manifest import MANIFEST
 from contracts.nested import flatten
@@ -172,7 +172,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     path = None if field is None else Path(getattr(config, field))
     # The field of an input that is not published yet; its digest, and so this stage's key, is known only at the end.
     followed = (
-        field if path is not None and maker_of(path) is not None and not exists_uncached(path / MANIFEST) else None
+        field if path is not None and producer_of(path) is not None and not exists_uncached(path / MANIFEST) else None
     )
     parts = key_parts(config, installed_versions(), followed=followed)
     key = None if followed else stage_key(parts)
@@ -181,8 +181,8 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
         stage.schema,
         config.stage,
         key,
-        hidden_key=hidden_key(parts, field, None if path is None else maker_key(path)),
-        fits=None if path is None else MadeFrom(path),
+        hidden_key=hidden_key(parts, field, None if path is None else producer_key(path)),
+        fits=None if path is None else MatchesInput(path),
     )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     context = Context(publication, rank, world_size, _worker_role())

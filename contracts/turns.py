@@ -17,30 +17,32 @@ from contracts.records import JsonObjects, Message
 THINK_END = "</think>"
 
 
-def with_marks(messages: Sequence[Message]) -> list[Message]:
+def with_markers(messages: Sequence[Message]) -> list[Message]:
     """Replace each turn's text, unless it is empty, by a unique marker."""
     return [
-        msgspec.structs.replace(message, content=mark(place) if message.content.strip() else message.content)
+        msgspec.structs.replace(message, content=marker(place) if message.content.strip() else message.content)
         for place, message in enumerate(messages)
     ]
 
 
-def mark(place: int) -> str:
+def marker(place: int) -> str:
     """The marker of the turn at index `place`: a word that occurs in no template."""
     return f"qzturn{place}xk"
 
 
-def missing_marks(messages: Sequence[Message], rendered: str) -> list[int]:
-    """Indices of the turns of `with_marks` whose markers are missing in the rendering."""
-    return [place for place, message in enumerate(messages) if message.content.strip() and mark(place) not in rendered]
+def missing_markers(messages: Sequence[Message], rendered: str) -> list[int]:
+    """Indices of the turns of `with_markers` whose markers are missing in the rendering."""
+    return [
+        place for place, message in enumerate(messages) if message.content.strip() and marker(place) not in rendered
+    ]
 
 
-def shows_python(rendered: str) -> bool:
+def shows_parts(rendered: str) -> bool:
     """Whether a template has printed a list of parts as a Python or JSON object instead of its text."""
     return "{'type'" in rendered or '{"type": "text"' in rendered
 
 
-def lost(messages: Sequence[Message], rendered: str) -> int | None:
+def missing_turn(messages: Sequence[Message], rendered: str) -> int | None:
     """Index of the first turn whose text is missing in the rendering; None if none is."""
     for place, message in enumerate(messages):
         if not occurs(message.content, rendered, thinks=message.role == "assistant"):
@@ -48,7 +50,7 @@ def lost(messages: Sequence[Message], rendered: str) -> int | None:
     return None
 
 
-def lost_call(messages: Sequence[Message], rendered: str) -> str | None:
+def missing_call(messages: Sequence[Message], rendered: str) -> str | None:
     """The first part of the turns' tool calls (a function's name or an argument's text) that the rendering lacks."""
     for message in messages:
         if message.tool_calls is msgspec.UNSET:
@@ -60,7 +62,7 @@ def lost_call(messages: Sequence[Message], rendered: str) -> str | None:
     return None
 
 
-def lost_tool(tools: JsonObjects, rendered: str) -> str | None:
+def missing_tool(tools: JsonObjects, rendered: str) -> str | None:
     """The name of the first tool that the rendering lacks."""
     for tool in tools:
         name = tool.get("function", tool).get("name")

@@ -44,9 +44,9 @@ BEGIN_SECONDS = 5.0
 """How long a waiting process may take to answer a request before it counts as hung."""
 END_SECONDS = 10.0
 """How long a request to free memory waits for the child processes of the ended ones to exit."""
-LAST_SECONDS = 60.0
+CLEANUP_SECONDS = 60.0
 """Time after which remaining child processes of an ended one are killed."""
-LARGEST = 1 << 20
+MOST_BYTES = 1 << 20
 MOST_WAITING = 4
 """Maximum number of waiting processes; the replicas of a stage count as one."""
 REPLICA = "#"
@@ -105,15 +105,15 @@ class _Server:
         self.children: list[_Child] = []
         self.ending: dict[int, float] = {}
         """Process groups that were ended, with the time at which their remaining processes are killed."""
-        self.leaves = False
+        self.leaving = False
 
     def serve(self) -> tuple[ForkRequest, socket.socket | None]:
         """Answer requests; returns only in a forked process, with its request and its channel."""
         while True:
             ends = [end for child in self.children for end in child.ends()]
-            doors = [] if self.leaves else [self.socket, sys.stdin]
+            doors = [] if self.leaving else [self.socket, sys.stdin]
             ready, _, _ = select.select([*doors, *ends], [], [], POLL_SECONDS)
-            self.tidy()
+            self.reap()
             if sys.stdin in ready:
                 self.leave()
             for child in list(self.children):
@@ -122,17 +122,17 @@ class _Server:
                 if child.client is not None:
                     if child.client in ready and not child.client.recv(1):  # the client is gone
                         _kill(child.pid)
-                    if child.channel in ready and _says_that_it_waits(child.channel):
-                        self.let_wait(child)
+                    if child.channel in ready and _is_waiting(child.channel):
+                        self.park(child)
                 ended, status = os.waitpid(child.pid, os.WNOHANG)
                 if ended:
                     self.forget(child, status)
-            if self.leaves and not self.children and not self.ending:
+            if self.leaving and not self.children and not self.ending:
                 os._exit(0)
-            if self.socket in ready and not self.leaves and (forked := self.answer()) is not None:
+            if self.socket in ready and not self.leaving and (forked := self.answer()) is not None:
                 return forked
 
-    def let_wait(self, child: _Child) -> None:
+    def park(self, child: _Child) -> None:
         """Let a child that has finished its stage wait; if too many wait, end those that have waited longest."""
         assert child.client is not None
         waiting = [other for other in self.children if other.client is None]
@@ -162,9 +162,9 @@ class _Server:
             os.kill(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
         self.forget(child, status)
-        self.ending[child.pid] = time.monotonic() + LAST_SECONDS
+        self.ending[child.pid] = time.monotonic() + CLEANUP_SECONDS
 
-    def tidy(self) -> bool:
+    def reap(self) -> bool:
         """Kill remaining processes of ended groups whose time is over; return whether none are left."""
         for group, deadline in list(self.ending.items()):
             if time.monotonic() > deadline:
@@ -242,11 +242,11 @@ class _Server:
         for child in list(self.children):
             if child.client is None and not (keep and child.label.partition(REPLICA)[0] == keep):
                 self.end(child)
-        wait_until(self.tidy, END_SECONDS)
+        wait_until(self.reap, END_SECONDS)
 
     def leave(self) -> None:
         """Exit once the running stages have ended, because the parent is gone; their supervisors end them in time."""
-        self.leaves = True
+        self.leaving = True
         self.release()
 
 
@@ -256,7 +256,7 @@ def _group(child: _Child) -> tuple[str, int]:
     return (label, 0) if replica else (label, child.pid)
 
 
-def _says_that_it_waits(channel: socket.socket | None) -> bool:
+def _is_waiting(channel: socket.socket | None) -> bool:
     try:
         return channel is not None and channel.recv(len(WAITS)) == WAITS
     except OSError:
@@ -282,9 +282,9 @@ def _received(connection: socket.socket) -> tuple[ForkRequest | None, int]:
 
 
 def _read(connection: socket.socket) -> tuple[ForkRequest, int]:
-    content, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 1)
+    content, descriptors, _, _ = socket.recv_fds(connection, MOST_BYTES, 1)
     while content and not content.endswith(b"\n"):
-        more = connection.recv(LARGEST)
+        more = connection.recv(MOST_BYTES)
         content += more or b"\n"
     connection.settimeout(None)
     request = msgspec.json.decode(content, type=ForkRequest)

@@ -24,7 +24,7 @@ from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
 from contracts.following import Source
-from contracts.forks import DOOR, LABEL, Process, fork, stays
+from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.locks import take_lock, try_lock
 from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
@@ -33,7 +33,7 @@ from contracts.stage import Context
 from contracts.versions import source_version
 from contracts.warm import REPLICA
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 """Interval at which a worker looks for shards that others have finished."""
 
 
@@ -62,7 +62,7 @@ def share_shards(
         TransientError: this process is a publisher, and a shard is missing.
     """
     if context.world_size > 1 and context.role is None:
-        _meet(context)
+        _wait_for_rank_0(context)
     work = Work(shards)
     if isinstance(shards, Source):
         context.publication.made_from = shards.made_from
@@ -79,7 +79,7 @@ def share_shards(
         if most > 1 and replicas > 1 and context.world_size == 1 and context.role is None:
             _run_replicas(min(replicas, most), devices)
         elif most:
-            _work(context, work, open_worker)
+            _run_worker(context, work, open_worker)
         again = False
         if context.publishes:
             _wait_for_all(context, work)
@@ -97,10 +97,10 @@ class Work:
         """Whether all shards are known."""
         return not isinstance(self._shards, Source) or self._shards.whole
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Look whether all shards are known by now."""
         if isinstance(self._shards, Source):
-            self._shards.look()
+            self._shards.refresh()
 
     def names(self) -> list[str]:
         """The known shards, in the order in which to compute them."""
@@ -118,7 +118,7 @@ class Work:
 
     def require_whole(self) -> None:
         """Raise TransientError unless all shards are known."""
-        self.look()
+        self.refresh()
         if isinstance(self._shards, Source) and not self._shards.whole:
             raise TransientError(f"{self._shards.path} is not published; the stage that makes it ended without it.")
 
@@ -156,7 +156,7 @@ def _published(publication: Publication) -> bool:
     return (publication.directory / MANIFEST).exists() or publication.target.exists()
 
 
-def _work(context: Context, work: Work, open_worker: Callable[[], Callable[[str], None]]) -> None:
+def _run_worker(context: Context, work: Work, open_worker: Callable[[], Callable[[str], None]]) -> None:
     """Compute shards until all are finished or claimed, and no further ones are expected."""
     publication = context.publication
     claims = publication.directory / "state"
@@ -170,10 +170,10 @@ def _work(context: Context, work: Work, open_worker: Callable[[], Callable[[str]
             work.wait(context)
         found_work = False
         looked = -math.inf
-        work.look()
+        work.refresh()
         names = work.names()
         for name in names:
-            if time.monotonic() - looked > LOOK_SECONDS:
+            if time.monotonic() - looked > POLL_SECONDS:
                 finished = publication.finished(names)
                 looked = time.monotonic()
                 context.progress(len(finished), work.total(names), "shards")
@@ -239,12 +239,12 @@ def _start_replica(environment: dict[str, str], index: int) -> Process:
     engine or model that it has loaded (contracts/warm.py).
     """
     command = [sys.executable, *sys.orig_argv[1:]]
-    door, label = os.environ.get(DOOR), os.environ.get(LABEL)
-    if door and label and "-m" in command:
+    warm_socket, label = os.environ.get(WARM_SOCKET), os.environ.get(WARM_LABEL)
+    if warm_socket and label and "-m" in command:
         package = command[command.index("-m") + 1].partition(".")[0]
         with os.fdopen(os.dup(sys.stderr.fileno()), "wb") as log:
             place = (environment, os.getcwd(), source_version(package), log)
-            forked = fork(Path(door), command, *place, 0.0, f"{label}{REPLICA}{index}")
+            forked = fork(Path(warm_socket), command, *place, 0.0, f"{label}{REPLICA}{index}")
         if forked is not None:
             if hasattr(os, "sched_setaffinity"):
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -253,7 +253,7 @@ def _start_replica(environment: dict[str, str], index: int) -> Process:
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _meet(context: Context) -> None:
+def _wait_for_rank_0(context: Context) -> None:
     """Under a launcher, wait until rank 0 has cleaned up after an earlier crash, before anything is written."""
     publication = context.publication
     mark = f"begun-{process_name(os.getppid())}"
@@ -266,7 +266,7 @@ def _meet(context: Context) -> None:
 
 def _wait_for_all(context: Context, work: Work) -> None:
     """In rank 0, wait for the last shards of the other processes, as long as these still work on them."""
-    work.look()
+    work.refresh()
     missing = work.names()
     while missing := _missing(context.publication, missing):
         for name in missing:

@@ -241,7 +241,7 @@ def _leading(ids: list[int], token: int) -> int:
 
 def answers(chat: ChatTokenizer) -> Finding:
     """Check that supervised fine-tuning can append a plain answer to the prompts that generation renders."""
-    if chat.stop_ids and chat.answered([QUESTION, ANSWER]) == "no_thinking":
+    if chat.stop_ids and chat.prompt_and_answer([QUESTION, ANSWER]) == "no_thinking":
         return Finding(
             "warning",
             "its prompts begin to think for the model (<think>), so that supervised fine-tuning drops demonstrations "

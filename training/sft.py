@@ -63,7 +63,7 @@ def tokenized(conversations: Iterable[DemonstrationRow], chat: ChatTokenizer, le
 
     A response ends with the token that ends generation: text that the template adds after it is cut off, and a missing
     one is appended, so that the model learns to stop exactly where the engine stops. Rows without an answer (no_answer,
-    empty_answer) are dropped, and those that `ChatTokenizer.answered` rejects with a reason.
+    empty_answer) are dropped, and those that `ChatTokenizer.prompt_and_answer` rejects with a reason.
 
     Raises:
         UserError: the template refuses a conversation, or omits a part of it.
@@ -77,7 +77,7 @@ def tokenized(conversations: Iterable[DemonstrationRow], chat: ChatTokenizer, le
             ledger.drop("empty_answer")
             continue
         row_id = conversation.prompt_id or f"row {number}"
-        answered = chat.answered(messages, tools=conversation.tools, what=f"demonstration {row_id}")
+        answered = chat.prompt_and_answer(messages, tools=conversation.tools, what=f"demonstration {row_id}")
         if isinstance(answered, str):
             ledger.drop(answered)
             continue

@@ -120,7 +120,7 @@ def _rollout(chat: Any, pair: Preference) -> Rollout | str:
     """Tokenize a pair, with its answers ended as the chat template ends them; or the reason why it cannot be."""
     completions, prompt = [], []
     for sample, answer in enumerate(pair.answers):
-        answered = chat.answered([*pair.messages, answer], what=f"pair {pair.prompt_id}")
+        answered = chat.prompt_and_answer([*pair.messages, answer], what=f"pair {pair.prompt_id}")
         if isinstance(answered, str):
             return answered
         prompt, ids = answered.prompt, tuple(answered.response)

@@ -148,7 +148,9 @@ def _rollout(config: RlhflowImportConfig, chat: Any, key: str, row: RlhflowRow, 
     prompt: list[int] = []
     completions = []
     for sample, text in enumerate(row.responses):
-        answered = chat.answered([*row.prompt, Message("assistant", text)], tools=row.tools, what=f"prompt {key}")
+        answered = chat.prompt_and_answer(
+            [*row.prompt, Message("assistant", text)], tools=row.tools, what=f"prompt {key}"
+        )
         if isinstance(answered, str):
             ledger.drop(answered)
             continue

@@ -107,7 +107,7 @@ class StepChat:
         return self._token("marker", self.config.marker)
 
     def _token(self, key: str, text: str) -> int:
-        ids = self.chat.following(text)
+        ids = self.chat.encode_continuation(text)
         if len(ids) != 1 or ids[0] == self.chat.tokenizer.unk_token_id:
             shown = ", ".join(map(repr, self.chat.tokenizer.convert_ids_to_tokens(ids)))
             raise UserError(
@@ -127,7 +127,9 @@ class StepChat:
         said = [without_slots(text[step.start : step.end]) for step in steps]
         turns = self._turns(messages, said) if self.config.layout == "turns" else self._marked(messages, text, steps)
         try:
-            ids, begins = self.chat.filled(turns, [self.inserted_token], tools=rollout.tools, what=str(sample))
+            ids, begins = self.chat.with_slots_filled(
+                turns, [self.inserted_token], tools=rollout.tools, what=str(sample)
+            )
         except UserError as error:
             raise UserError(f"{sample}: {error}") from error
         if [*begins] != [*range(len(steps))]:

@@ -96,9 +96,9 @@ class Scoring(Stage[ScoreConfig]):
         """A replica of the model on every device."""
         if devices <= 1 or not isinstance(config, ModelSettings) or "replicas" in config.model_fields_set:
             return config
-        return self.laid_out(config, {"replicas": devices})
+        return self.with_layout(config, {"replicas": devices})
 
-    def laid_out(self, config: ScoreConfig, sizes: Mapping[str, Any]) -> ScoreConfig:
+    def with_layout(self, config: ScoreConfig, sizes: Mapping[str, Any]) -> ScoreConfig:
         """The config with the given number of replicas."""
         if unknown := sorted(sizes.keys() - config.roles):
             raise UserError(f"a scorer of the kind {config.kind} has no {unknown[0]}. Take it out of the layout.")

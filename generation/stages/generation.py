@@ -111,10 +111,10 @@ class Generation(Stage[GenerationConfig]):
 
     def layout(self, config: GenerationConfig) -> ProcessLayout:
         """Replicas, each on tensor_parallel devices."""
-        talk = f"servers={config.servers}" if config.servers else ""
-        if not talk and config.tensor_parallel > 1:
-            talk = f"tensor_parallel={config.tensor_parallel}"
-        return ProcessLayout(config.replicas, together=config.tensor_parallel, talk=talk)
+        network_keys = f"servers={config.servers}" if config.servers else ""
+        if not network_keys and config.tensor_parallel > 1:
+            network_keys = f"tensor_parallel={config.tensor_parallel}"
+        return ProcessLayout(config.replicas, group_size=config.tensor_parallel, network_keys=network_keys)
 
     def spread(self, config: GenerationConfig, devices: int, nodes: int | None = None) -> GenerationConfig:
         """The config with as many replicas as fit on the devices, unless it sets `replicas` or `servers`."""
@@ -123,7 +123,7 @@ class Generation(Stage[GenerationConfig]):
             return config
         return config.model_copy(update={"replicas": replicas})
 
-    def laid_out(self, config: GenerationConfig, sizes: Mapping[str, Any]) -> GenerationConfig:
+    def with_layout(self, config: GenerationConfig, sizes: Mapping[str, Any]) -> GenerationConfig:
         """The config with this number of replicas."""
         return config.model_copy(update=sizes)
 

@@ -335,14 +335,14 @@ def _in_netrc(host: str) -> bool:
 def needs_loopback(plan: Plan) -> str | None:
     """The reason why the run needs loopback connections, or None."""
     for node in plan.graph.nodes.values():
-        if talk := node.stage.layout(node.config).talk:
-            return f"stage {node.name} ({talk})"
+        if keys := node.stage.layout(node.config).network_keys:
+            return f"stage {node.name} ({keys})"
     return None
 
 
 def most_processes(plan: Plan) -> int:
     """The largest number of communicating processes of any stage."""
-    return max((node.stage.layout(node.config).together for node in plan.graph.nodes.values()), default=1)
+    return max((node.stage.layout(node.config).group_size for node in plan.graph.nodes.values()), default=1)
 
 
 def is_remote(path: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from contracts.artifacts import Artifact
 from contracts.errors import TransientError
-from contracts.following import Maker
+from contracts.following import Producer
 from contracts.manifest import MANIFEST
 from contracts.stage import require_space
 from pipelines.config.run import RunConfig
@@ -75,7 +75,7 @@ class Lifecycle:
     def follow(self, node: Node, maker: Node, decision: Decision) -> Decision:
         """The decision to start a stage while the maker of one of its inputs runs, for which `decision` was made."""
         versions = probe_versions(self.config.environments.of(node.environment), node.environment)
-        return decide_to_follow(node, versions, maker, Maker(decision.key, decision.hidden_key))
+        return decide_to_follow(node, versions, maker, Producer(decision.key, decision.hidden_key))
 
     def act(self, node: Node, decision: Decision) -> None:
         """Move a stage's old output aside before it runs, or reuse the output with the wanted key.

@@ -32,8 +32,8 @@ import msgspec
 from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, STALL, reason, report_failure
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
-from contracts.following import FOLLOW, Maker, announcement
-from contracts.forks import DOOR, LABEL, Process, fork, stays
+from contracts.following import FOLLOW, Producer, announcement
+from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.limits import limit_message_for_signal
 from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
@@ -71,7 +71,7 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     """Source version of the stage at the time of the request; a job may start much later."""
     cores: tuple[int, ...] = ()
     """The cores of this machine that the stage may use; empty: all."""
-    follows: dict[str, Maker] = {}
+    follows: dict[str, Producer] = {}
     """Makers of the inputs that are still being produced, by input path."""
     warm: str = ""
     """Socket of a warm process that has imported the stage's libraries; empty if there is none."""
@@ -181,7 +181,7 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         )
     if request.warm:
         place = (request.directory, request.warm_source, log)
-        variables = {**environment, DOOR: request.warm, LABEL: request.label}
+        variables = {**environment, WARM_SOCKET: request.warm, WARM_LABEL: request.label}
         forked = fork(Path(request.warm), request.argv, variables, *place, request.warm_seconds, request.label)
         if forked is not None:
             return forked

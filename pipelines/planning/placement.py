@@ -78,7 +78,7 @@ def configured_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
 
 def _laid_out(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
     try:
-        config: StageConfig = node.stage.laid_out(node.config, sizes) if sizes else node.config
+        config: StageConfig = node.stage.with_layout(node.config, sizes) if sizes else node.config
     except UserError as error:
         raise UserError(f"placement.stages, for stage {node.name}: {error}") from error
     return config

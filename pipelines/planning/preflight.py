@@ -104,7 +104,9 @@ def device_mistakes(graph: Graph, cluster: Cluster) -> Iterator[UserError]:
         layout = node.stage.layout(node.config)
         wanted = layout.processes * max(1, node.gpus)
         if node.stage.uses_devices(node.config) and wanted > cluster.gpus:
-            what = f"parallel ({layout.shown})" if layout.shown else layout.talk or f"replicas={layout.processes}"
+            what = (
+                f"parallel ({layout.shown})" if layout.shown else layout.network_keys or f"replicas={layout.processes}"
+            )
             each = f" ({layout.processes} processes of {node.gpus})" if layout.processes > 1 and node.gpus > 1 else ""
             yield UserError(
                 f"stage {node.name}: {what} takes {plural(wanted, 'GPU')}{each}, but there are {cluster.gpus}. Set "
@@ -139,8 +141,8 @@ def _requirements(node: Node, graph: Graph, without_weights: bool) -> Iterator[C
 def layout_requirements(use: ModelUse, graph: Graph) -> Iterator[Callable[[], object]]:
     """The requirements of a stage's layout on a model's layers, if there is a config.json."""
     start = origin_of(use.path, graph)
-    if use.of_layers is not None and (start / "config.json").is_file():
-        yield functools.partial(use.of_layers, start)
+    if use.check_architecture is not None and (start / "config.json").is_file():
+        yield functools.partial(use.check_architecture, start)
 
 
 def origin_of(model: Path, graph: Graph) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import RELEASED
-from contracts.following import Maker, hidden_key, maker_key
+from contracts.following import Producer, hidden_key, producer_key
 from contracts.manifest import MANIFEST, Manifest
 from contracts.publication import partial_directory
 from contracts.stage import key_parts, stage_key
@@ -30,7 +30,7 @@ class Decision:
     `hidden_key`."""
     hidden_key: str = ""
     """The key in the name of the hidden directory."""
-    follows: dict[str, Maker] = field(default_factory=dict)
+    follows: dict[str, Producer] = field(default_factory=dict)
     """Makers of the unpublished inputs whose shards the stage reads while they are produced, by input path."""
 
 
@@ -53,7 +53,7 @@ def decide(
     parts = key_parts(node.config, versions, where)
     key = stage_key(parts)
     followed = node.stage.follows(node.config)
-    hidden = hidden_key(parts, followed, None if followed is None else maker_key(where(node.path(followed))))
+    hidden = hidden_key(parts, followed, None if followed is None else producer_key(where(node.path(followed))))
     published = (node.output / MANIFEST).is_file()
     if published and Artifact.open(node.output).manifest.key == key:
         if rebuild and (node.output / RELEASED).is_file():
@@ -75,7 +75,7 @@ def decide(
     return Decision(False, "; ".join(changed) or "made again", key, hidden)
 
 
-def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: Maker) -> Decision:
+def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: Producer) -> Decision:
     """The decision to start a stage on the shards that the maker of one of its inputs has finished so far."""
     followed = node.stage.follows(node.config)
     hidden = hidden_key(key_parts(node.config, versions, followed=followed), followed, making.key)

@@ -23,7 +23,7 @@ from contracts.artifacts import Artifact
 from contracts.config import StageConfig, input_path
 from contracts.declaration import Stage
 from contracts.errors import TransientError, UserError
-from contracts.following import FOLLOW, Maker, Source, announcement
+from contracts.following import FOLLOW, Producer, Source, announcement
 from contracts.ledger import Ledger
 from contracts.manifest import MANIFEST
 from contracts.publication import Publication, finished_in, partial_directory
@@ -98,7 +98,7 @@ class World:
         """A process that says again what is finished by now."""
         self.kill_follower()
         key = key_of("new")
-        variables = {FOLLOW: announcement({str(self.words): Maker(key, key)})}
+        variables = {FOLLOW: announcement({str(self.words): Producer(key, key)})}
         self.follower = Writer(self.echo, "echo", job=(ECHO, self.config), variables=variables)
 
     def kill_maker(self) -> None:
@@ -211,7 +211,7 @@ def test_a_follower_reads_what_is_finished_and_publishes_when_its_maker_has(worl
 def test_what_a_follower_needs_is_loaded_before_the_first_shard_is_there(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Maker(key_of("new"), key_of("new"))}))
+    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Producer(key_of("new"), key_of("new"))}))
     publication = Publication(world.echo, PROMPTS, "echo", None, hidden_key="k" * 64)
     publication.begin()
     opened: list[str] = []
@@ -263,13 +263,13 @@ def test_what_was_made_from_other_content_than_is_published_is_made_again(world:
 def test_an_input_under_another_key_than_was_announced_is_not_taken(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Maker("0" * 64, "0" * 64)}))
+    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Producer("0" * 64, "0" * 64)}))
     source = Source(world.words, PROMPTS)
     assert source.names() == []
-    assert not source.look()
+    assert not source.refresh()
     make_words(world, SHARDS + 1)
     with pytest.raises(TransientError, match=r"published under the key .*, but this stage was to follow 000000000000"):
-        source.look()
+        source.refresh()
 
 
 def test_what_nobody_makes_cannot_be_followed(world: World) -> None:
@@ -289,7 +289,7 @@ def test_a_shard_that_was_not_read_through_the_source_is_refused(world: World) -
 
 
 def test_the_publisher_of_tasks_does_not_wait_for_an_input(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Maker(key_of("new"), key_of("new"))}))
+    monkeypatch.setenv(FOLLOW, announcement({str(world.words): Producer(key_of("new"), key_of("new"))}))
     context = Context(Publication(world.echo, PROMPTS, "echo", "k" * 64), 0, 1, "publisher")
     with pytest.raises(TransientError, match=r"words is not published; the stage that makes it ended without it"):
         share_shards(context, Source(world.words, PROMPTS), lambda: lambda name: None)

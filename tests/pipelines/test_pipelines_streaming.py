@@ -29,7 +29,7 @@ from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
-from contracts.following import Maker
+from contracts.following import Producer
 from contracts.jsonl import read_jsonl, write_jsonl
 from contracts.manifest import MANIFEST, Manifest
 from contracts.points import KEY, REPORTS, Report, read_points
@@ -398,7 +398,7 @@ def test_what_a_follower_waits_for_gets_its_devices_before_more_urgent_stages(
     assert order.index("urgent") < order.index("generation")
     driver.published.add("prompts")
 
-    def start(node: Node, follows: dict[str, Maker]) -> None:
+    def start(node: Node, follows: dict[str, Producer]) -> None:
         decision = Decision(False, "", "0" * 64, "0" * 64, follows)
         driver.running[node.name] = Running(node, tmp_path, None, decision)  # type: ignore[arg-type]
 
@@ -406,7 +406,7 @@ def test_what_a_follower_waits_for_gets_its_devices_before_more_urgent_stages(
     driver.start_ready()
     assert list(driver.running) == ["urgent"]
     driver.running.clear()
-    start(graph.nodes["reward"], {str(scene.rollouts): Maker("1", "1")})
+    start(graph.nodes["reward"], {str(scene.rollouts): Producer("1", "1")})
     driver.start_ready()
     assert list(driver.running) == ["reward", "generation"]
 
@@ -433,7 +433,7 @@ def test_what_follows_waits_for_its_other_inputs_and_ends_after_its_maker(
     driver = Driver(Site(scene.run, place(graph, cluster_of(scene.config)), scene.config, ENTRY), [])
     monkeypatch.setattr(pipelines.execution.driver, "has_begun", lambda attempt: True)
 
-    def at_work(name: str, follows: dict[str, Maker]) -> Running:
+    def at_work(name: str, follows: dict[str, Producer]) -> Running:
         decision = Decision(False, "", "0" * 64, "0" * 64, follows)
         return Running(graph.nodes[name], tmp_path, Ended(), decision)  # type: ignore[arg-type]
 
@@ -448,7 +448,7 @@ def test_what_follows_waits_for_its_other_inputs_and_ends_after_its_maker(
     reward = graph.nodes["reward"]
     reward.output.mkdir()
     (reward.output / MANIFEST).touch()
-    driver.running = {"reward": at_work("reward", {str(answers): Maker("1", "1")})}
+    driver.running = {"reward": at_work("reward", {str(answers): Producer("1", "1")})}
     driver.collect_ended()
     assert list(driver.running) == ["reward"], "its maker's turn comes first"
 

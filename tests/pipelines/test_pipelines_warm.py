@@ -17,7 +17,7 @@ from pipelines_smallest import FinishedRun, pipeline
 
 from contracts import forks
 from contracts.artifacts import Artifact
-from contracts.forks import DOOR, KILLED, ForkedProcess, fork
+from contracts.forks import KILLED, WARM_SOCKET, ForkedProcess, fork
 from contracts.manifest import MANIFEST
 from contracts.versions import source_version
 from contracts.warm import MOST_WAITING
@@ -59,10 +59,10 @@ if what == "keep":
 if what == "replicas":
     from contracts import workers
     from contracts.attempt import ROLE
-    from contracts.forks import LABEL
+    from contracts.forks import WARM_LABEL
 
     if ROLE not in os.environ:
-        os.environ[LABEL] = "r"
+        os.environ[WARM_LABEL] = "r"
         workers._run_replicas(int(rest[0]), 0)
         sys.exit(0)
     rank, cores = os.environ["RANK"], sorted(os.sched_getaffinity(0))
@@ -243,7 +243,7 @@ def test_no_more_than_some_wait(warm: Warm) -> None:
 
 def replicas(warm: Warm, count: int, content: str, code: int = 0) -> list[dict[str, Any]]:
     """What the replicas of a stage say that fails if the second of them ends with a code."""
-    warm.environment[DOOR] = str(warm.path)
+    warm.environment[WARM_SOCKET] = str(warm.path)
     before = len(warm.log.read_text().splitlines()) if warm.log.exists() else 0
     stage = warm.started("replicas", str(count), content, str(code), label="r")
     assert (wait(stage) == 0) == (code == 0)

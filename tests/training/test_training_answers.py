@@ -10,7 +10,7 @@ from conftest import run_here
 
 from annotation.config import RlhflowImportConfig
 from annotation.stages.rlhflow import RLHFLOW_IMPORT
-from contracts.chat import Answered, ChatTokenizer
+from contracts.chat import ChatTokenizer, PromptAndAnswer
 from contracts.records import Message, Rollout
 from contracts.stage import run_stage
 
@@ -43,10 +43,10 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def answered(chat: ChatTokenizer, answer: Message | str) -> Answered:
+def answered(chat: ChatTokenizer, answer: Message | str) -> PromptAndAnswer:
     last = Message("assistant", answer) if isinstance(answer, str) else answer
-    found = chat.answered([USER, last])
-    assert isinstance(found, Answered), found
+    found = chat.prompt_and_answer([USER, last])
+    assert isinstance(found, PromptAndAnswer), found
     return found
 
 
@@ -111,7 +111,7 @@ def test_an_answer_ends_the_same_way_wherever_it_comes_from(
 
 def test_answers_of_models_that_think(tmp_path: Path) -> None:
     chat = ChatTokenizer(write_tokenizer(tmp_path, THINKING))
-    assert chat.answered([USER, Message("assistant", "An owl.")]) == "no_thinking"
+    assert chat.prompt_and_answer([USER, Message("assistant", "An owl.")]) == "no_thinking"
     forms = [
         Message("assistant", "It flies.\n</think>\n\nAn owl."),
         Message("assistant", "<think>\nIt flies.\n</think>\n\nAn owl."),
@@ -122,7 +122,7 @@ def test_answers_of_models_that_think(tmp_path: Path) -> None:
         assert chat.text(found.response) == "It flies.\n</think>\n\nAn owl."
         assert found.prompt == chat.conversation([USER], for_answer=True)
     plain = ChatTokenizer(write_tokenizer(tmp_path / "plain"))
-    assert plain.answered([USER, forms[2]]) == "left_out"
+    assert plain.prompt_and_answer([USER, forms[2]]) == "left_out"
 
 
 def test_a_stop_token_anywhere_in_an_answer_is_counted(tmp_path: Path) -> None:
@@ -134,4 +134,4 @@ def test_a_stop_token_anywhere_in_an_answer_is_counted(tmp_path: Path) -> None:
         Message("assistant", "An owl.", reasoning_content="It says <|im_end|> here."),
         Message("assistant", "", tool_calls=(call,)),
     ):
-        assert chat.answered([USER, last]) == "stop_inside"
+        assert chat.prompt_and_answer([USER, last]) == "stop_inside"

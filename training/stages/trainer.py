@@ -134,9 +134,9 @@ class Training(Stage[T]):
     def layout(self, config: T) -> ProcessLayout:
         """The layout of the section `parallel`."""
         parallel = config.parallel
-        talk = f"parallel: {parallel}" if parallel.processes > 1 or parallel.deepspeed_stage else ""
+        network_keys = f"parallel: {parallel}" if parallel.processes > 1 or parallel.deepspeed_stage else ""
         fixed = "nodes" in parallel.model_fields_set
-        return ProcessLayout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, talk)
+        return ProcessLayout(parallel.processes, parallel.nodes, fixed, str(parallel), parallel.processes, network_keys)
 
     def spread(self, config: T, devices: int, nodes: int | None = None) -> T:
         """The config with data parallelism over the devices that tp, pp and sp leave, unless it sets `dp`."""
@@ -147,7 +147,7 @@ class Training(Stage[T]):
             update["dp"] = dp
         return config.model_copy(update={"parallel": parallel.model_copy(update=update)}) if update else config
 
-    def laid_out(self, config: T, sizes: Mapping[str, Any]) -> T:
+    def with_layout(self, config: T, sizes: Mapping[str, Any]) -> T:
         """The config with these sizes, in the section `parallel` or outside of it, validated like any config."""
         parallel = config.parallel.model_dump(exclude_unset=True)
         parallel |= {key: size for key, size in sizes.items() if key in PARALLEL_KEYS}

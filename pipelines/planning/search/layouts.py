@@ -275,7 +275,7 @@ class LayoutOptions:
                 node = role.nodes[-1]
                 reason = REFUSED
                 try:
-                    node = replace(node, config=node.stage.laid_out(node.config, sizes))
+                    node = replace(node, config=node.stage.with_layout(node.config, sizes))
                     reason = "" if self._fits_layers(node) else BEYOND_LAYERS
                 except UserError:
                     pass
@@ -291,7 +291,7 @@ class LayoutOptions:
         try:
             for use in node.stage.models(node.config):
                 there = (origin_of(use.path, self._graph) / "config.json").is_file()
-                if use.of_layers is not None and sizes is not None and sizes.is_divided and not there:
+                if use.check_architecture is not None and sizes is not None and sizes.is_divided and not there:
                     return False
                 for requirement in layout_requirements(use, self._graph):
                     requirement()
