@@ -8,6 +8,9 @@ import msgspec
 from contracts.faults import Fault
 from contracts.records import Completion, Rollout, Score
 
+SHOWN = 60
+"""Characters of a prompt in a message."""
+
 
 class Sample(NamedTuple):
     """One completion with its rollout."""
@@ -41,12 +44,20 @@ class Sample(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """`prompt 0123456789abcdef, sample 2`, for error messages."""
-        return f"prompt {self.rollout.prompt_id}, sample {self.completion.sample}"
+        """`prompt 0123456789abcdef ("What is 2 + 3?"), sample 2`, for error messages."""
+        return f"{prompt_in_words(self.rollout)}, sample {self.completion.sample}"
+
+
+def prompt_in_words(rollout: Rollout) -> str:
+    """`prompt 0123456789abcdef ("What is 2 + 3?")`: the id, and the beginning of the last user message."""
+    said = next((turn.content for turn in reversed(rollout.messages) if turn.role == "user"), "")
+    words = " ".join(said[: 2 * SHOWN].split())
+    shown = words if len(words) <= SHOWN and len(said) <= 2 * SHOWN else f"{words[:SHOWN]}..."
+    return f'prompt {rollout.prompt_id} ("{shown}")'
 
 
 class Scorer(Protocol):
-    """A scorer whose model or function is loaded."""
+    """A scorer whose model or function is loaded. One with a method `close` is closed when the stage drops it."""
 
     facts: dict[str, str]
     """Facts for the manifest: dtype and device."""

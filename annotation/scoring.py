@@ -1,5 +1,6 @@
 """The score stage: scores every completion with one scorer, and writes one shard of scores per shard of rollouts."""
 
+import contextlib
 import functools
 import math
 import time
@@ -9,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from annotation.samples import Sample, Scorer
+from annotation.samples import Sample, Scorer, prompt_in_words
 from annotation.scorers.base import Opening, RewardScorerSettings, ScoreConfig
+from annotation.source_place import source_place
 from contracts import surroundings
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.declaration import load
@@ -42,6 +44,8 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     if rollouts.whole:  # otherwise it is called at the end
         known()
 
+    opened = contextlib.ExitStack()
+
     def open_worker() -> Callable[[str], None]:
         start = time.perf_counter()
         shard = ""
@@ -51,13 +55,17 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         surroundings.importing()  # for models, the scorer's imports are most of the stage's
         scorer: Scorer = load(config.opened_by)(config, opening)
         surroundings.imported()
+        opened.callback(getattr(scorer, "close", _nothing))
         seconds = {"load": time.perf_counter() - start}
 
         def make(name: str) -> None:
             nonlocal shard
             start, shard = time.perf_counter(), name
             samples = _read_samples(rollouts, name, wanted)
-            scores, ledger, faults = _score_samples(config, scorer, samples)
+            try:
+                scores, ledger, faults = _score_samples(config, scorer, samples)
+            except UserError as error:
+                raise UserError(f"{error}{_place_in(str(error), samples, rollouts)}") from error
             seconds["compute"] = time.perf_counter() - start
             if "wait" in context.seconds:  # recorded even if another process publishes
                 seconds["wait"] = context.seconds.pop("wait")
@@ -76,8 +84,22 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         return make
 
     replicas = config.replicas_of_shards
-    share_shards(context, rollouts, open_worker, replicas=replicas, devices=_devices(replicas, context))
+    with opened:
+        share_shards(context, rollouts, open_worker, replicas=replicas, devices=_devices(replicas, context))
     return _outcome(config, context, known()) if context.publishes else Outcome("samples")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _place_in(message: str, samples: list[Sample], rollouts: Source) -> str:
+    """A sentence with the place in the user's data of the prompt that a message names, where that is known."""
+    named = next((one.rollout for one in samples if prompt_in_words(one.rollout) in message), None)
+    if named is None or not rollouts.whole:
+        return ""
+    place = source_place(rollouts.artifact, named.prompt_id)
+    return "" if place is None else f" The prompt is {place}."
 
 
 def _samples_in_pairs(config: ScoreConfig, rollouts: Source) -> set[tuple[str, int]] | None:

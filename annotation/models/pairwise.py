@@ -16,7 +16,7 @@ from annotation.models.comparisons import Comparison, Opponents, Result, all_com
 from annotation.models.loading import pad_right
 from annotation.models.reader import BATCHES, ModelReader
 from annotation.models.tokens import head_logits, run_backbone
-from annotation.samples import Sample
+from annotation.samples import Sample, prompt_in_words
 from annotation.scorers.pairwise import PairwiseConfig
 from contracts.attempt import beat
 from contracts.errors import UserError
@@ -98,7 +98,7 @@ class PairwiseModel(ModelReader):
     def _token_ids(self, rollout: Rollout, comparison: Comparison) -> list[list[int]]:
         """The model's input for a comparison, in both orders."""
         _, first, second = comparison
-        what = f"two answers to prompt {rollout.prompt_id}"
+        what = f"two answers to {prompt_in_words(rollout)}"
         return [
             self.chat.token_ids(rollout.messages, *order, what=what, tools=rollout.tools)
             for order in ((first, second), (second, first))

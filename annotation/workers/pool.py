@@ -17,7 +17,7 @@ from typing import Any
 
 from annotation.samples import Sample
 from annotation.workers.process import POLL_SECONDS, FunctionProcess
-from annotation.workers.worker import DetailedScore, Failed, RuleTask, TokenRewards, WorkerReply
+from annotation.workers.worker import DetailedScore, Failed, Ready, RuleTask, TokenRewards, WorkerReply
 from contracts import stopping
 from contracts.attempt import STALL, beat
 from contracts.errors import UserError
@@ -80,7 +80,8 @@ class FunctionPool:
         names = None if inputs is None else [str(path) for path in inputs]
         self.task = RuleTask(path, names, os.getpid(), dict(settings or {}), opens)
         self.running: list[FunctionProcess] = []
-        weakref.finalize(self, _end_all, self.running)
+        self.close = weakref.finalize(self, _end_all, self.running)
+        """End the workers, and have the scorers that they opened closed; called when this object is dropped, too."""
         self._start()
         while not self.running[0].ready:
             self._poll([], deque(), _ignore)
@@ -140,7 +141,7 @@ class FunctionPool:
     def _handle_reply(
         self,
         process: FunctionProcess,
-        answer: WorkerReply,
+        answer: WorkerReply | Ready,
         samples: Sequence[Sample],
         todo: deque[int],
         found: dict[int, FunctionResult],
@@ -148,10 +149,12 @@ class FunctionPool:
         if not process.ready:
             if isinstance(answer, Failed):
                 raise UserError(answer.before)
-            process.ready, process.takes_many = True, answer is True
+            assert isinstance(answer, Ready)
+            process.ready, process.takes_many, process.closes = True, answer.takes_many, answer.closes
         elif answer is True:
             process.adapt(todo, returned=True)
         else:
+            assert not isinstance(answer, Ready)
             index = process.pending.popleft()
             if isinstance(answer, Failed):
                 text = f"{self.title} {answer.before} {samples[index]}{answer.after}"
@@ -170,9 +173,11 @@ class FunctionPool:
         late: float | None = None,
     ) -> None:
         """Remove a worker that ended or is late: its current sample fails, and its other samples are queued again."""
-        process.kill()
         self.running.remove(process)
-        if late is None:
+        if late is not None:
+            _end_all([process])
+        else:
+            process.kill()
             time.sleep(2 * POLL_SECONDS)  # if all processes of the job are being killed, this one's signal may follow
             if stopping.requested():
                 stopping.leave()
@@ -214,7 +219,10 @@ def _ignore(found: dict[int, FunctionResult]) -> None:
 
 
 def _end_all(processes: list[FunctionProcess]) -> None:
+    """Let all workers exit, those with a `close()` after they have called it."""
+    now = time.monotonic()
     for process in processes:
-        process.connection.close()
+        process.drop()
     for process in processes:
-        process.wait()
+        process.wait(now)
+    processes.clear()

@@ -14,8 +14,9 @@ from typing import TextIO
 import msgspec
 
 from annotation.samples import Sample
-from annotation.workers.worker import RuleTask, WorkerReply
+from annotation.workers.worker import Ready, RuleTask, WorkerReply
 from contracts import stopping
+from contracts.attempt import beat
 from contracts.errors import TransientError
 
 BATCH_SECONDS = 0.1
@@ -25,6 +26,8 @@ POLL_SECONDS = 0.2
 """Interval at which a silent worker is checked, in seconds."""
 EXIT_SECONDS = 5.0
 """Time limit for a worker to exit when all samples are scored, as it may have something to save."""
+CLOSE_SECONDS = 30.0
+"""Time limit for a worker with a `close()` to end its call, to close and to exit."""
 
 
 class FunctionProcess:
@@ -37,8 +40,11 @@ class FunctionProcess:
         self.ready = False
         self.takes_many = False
         """Whether the function takes a whole batch; the worker reports this when it is ready."""
+        self.closes = False
+        """Whether it has a `close()` to call before it exits; the worker reports this when it is ready."""
         self.waited = 0.0
         """Seconds since the last result, not counting time in which this process itself was suspended."""
+        self._may_take = 0.0
         self._batch_size = 1
         self._sent = 0
         self._began = 0.0
@@ -76,7 +82,7 @@ class FunctionProcess:
         with contextlib.suppress(OSError):  # it has ended, which `has_ended` will find
             self.connection.sendall(msgspec.json.encode(message) + b"\n")
 
-    def receive(self) -> list[WorkerReply]:
+    def receive(self) -> list[WorkerReply | Ready]:
         """The results that have arrived; if there are any, the worker's time limit starts anew."""
         now = time.monotonic()
         self.waited += min(now - self._last_poll, 5 * POLL_SECONDS)
@@ -95,7 +101,7 @@ class FunctionProcess:
         if not newline:
             return []
         self.waited = 0.0
-        return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[WorkerReply])
+        return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[WorkerReply | Ready])
 
     def has_ended(self) -> bool:
         """Whether the worker has closed its connection."""
@@ -138,12 +144,34 @@ class FunctionProcess:
         self.process.send_signal(signal.SIGQUIT)
         time.sleep(POLL_SECONDS)
 
-    def wait(self) -> None:
-        """Let it exit, after its connection was closed; kill it if it is scoring a sample or does not exit in time."""
-        if not self.busy:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(EXIT_SECONDS)
-        self.kill()
+    def drop(self) -> None:
+        """Close its connection, so that it exits; interrupt its call, if it has a `close()` to call after that."""
+        if not self.ready:  # it may have become so since
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                self.closes = any(isinstance(answer, Ready) and answer.closes for answer in self.receive())
+        busy = self.busy
+        self.connection.close()
+        if busy and self.closes:
+            self.process.send_signal(signal.SIGINT)
+        self._may_take = CLOSE_SECONDS if self.closes else 0.0 if busy else EXIT_SECONDS
+
+    def wait(self, dropped: float) -> None:
+        """Let it exit, having been dropped at that time (`time.monotonic()`); kill it when it takes too long."""
+        try:
+            while self.process.poll() is None and (left := dropped + self._may_take - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(min(left, POLL_SECONDS))
+                beat()
+            if self.closes and self.process.poll() is None:
+                print(
+                    f"class {self.path!r} was not closed after {CLOSE_SECONDS:g} s, and its process is killed. Below "
+                    "is where it stood.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self.show_traceback()
+        finally:
+            self.kill()
 
     def exit_reason(self) -> str:
         """A description of how it ended.

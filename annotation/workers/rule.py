@@ -54,6 +54,10 @@ class Rule:
             for index, sample in enumerate(samples)
         ]
 
+    def close(self) -> None:
+        """End the processes; a class of the user's is closed there."""
+        self.pool.close()
+
     def _batch_of(self, index: int, samples: Sequence[Sample]) -> set[int]:
         """The samples that share a call with this one; batches are fixed, so that a kill does not change them."""
         start = index - index % self.samples_per_call

@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 
@@ -52,6 +53,15 @@ class RuleTask(msgspec.Struct):
     settings: dict[str, Any] = {}
     opens: bool = True
     """Whether a class is instantiated, or only its signature checked."""
+
+
+class Ready(msgspec.Struct, array_like=True, tag=True):
+    """The first line that a worker sends: the function is loaded."""
+
+    takes_many: bool
+    """Whether it scores several responses per call."""
+    closes: bool
+    """Whether it has a `close()`, to be called when it is dropped."""
 
 
 class Failed(msgspec.Struct, array_like=True, tag=True):
@@ -91,7 +101,7 @@ class AnswerInput(msgspec.Struct, array_like=True):
 
 WorkerReply = float | TokenRewards | DetailedScore | None | bool | Failed
 """A line that a worker sends: a score; None: the function cannot score the sample; True: the remaining samples are
-returned. The first line says whether the function takes a whole batch."""
+returned."""
 
 
 def main(descriptor: int) -> NoReturn:
@@ -105,7 +115,7 @@ def main(descriptor: int) -> NoReturn:
     _set_up_process()
     encoder = msgspec.json.Encoder()
 
-    def send(*answers: WorkerReply) -> None:
+    def send(*answers: WorkerReply | Ready) -> None:
         if os.getpid() != me:  # the function forked, and the child returned
             os._exit(1)
         connection.sendall(b"".join(encoder.encode(answer) + b"\n" for answer in answers))
@@ -115,20 +125,63 @@ def main(descriptor: int) -> NoReturn:
     except BaseException as error:
         send(Failed(_import_failure(task.path, error), ""))
         sys.exit(0)
-    send(function.takes_many)
+    interrupts = _Interrupts(install=function.closes)
+    with contextlib.suppress(OSError, KeyboardInterrupt):  # the stage has dropped this scorer, perhaps during a call
+        send(Ready(function.takes_many, function.closes))
+        _serve(function, lines, send, interrupts)
+    function.close(task.path)
+    sys.exit(0)
+
+
+def _serve(function: "Loaded", lines: BinaryIO, send: Callable[..., None], interrupts: "_Interrupts") -> None:
+    """Score what each line holds, until the stage closes the connection or interrupts a call."""
     decoder = msgspec.json.Decoder(list[AnswerInput])
     for line in lines:
-        began = time.monotonic()
         given = decoder.decode(line)
-        if function.takes_many:
-            send(*_score_batch(function, given))
-            continue
-        for one in given:
-            if time.monotonic() - began > RETURN_SECONDS:
-                send(True)
-                break
-            send(_score_one(function, one))
-    sys.exit(0)
+        with interrupts.allowed():
+            _score_line(function, given, send)
+
+
+def _score_line(function: "Loaded", given: list[AnswerInput], send: Callable[..., None]) -> None:
+    if function.takes_many:
+        send(*_score_batch(function, given))
+        return
+    began = time.monotonic()
+    for one in given:
+        if time.monotonic() - began > RETURN_SECONDS:
+            send(True)
+            break
+        send(_score_one(function, one))
+
+
+class _Interrupts:
+    """Handles SIGINT, by which the stage ends the call in progress when it drops a scorer that has a `close()`.
+
+    Outside of calls it only prevents the next one, so that `close()` itself is never interrupted.
+    """
+
+    def __init__(self, *, install: bool) -> None:
+        self.install = install
+        self.dropped = False
+        if install:
+            signal.signal(signal.SIGINT, self._note)
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let SIGINT raise KeyboardInterrupt inside; asyncio cancels the calls in progress."""
+        if not self.install:
+            yield
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            if self.dropped:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.dropped = True
 
 
 def _set_up_process() -> None:
@@ -166,6 +219,25 @@ class LoadedFunction:
     further: dict[str, Any]
     """Further keyword arguments of every call."""
     run: Callable[[Coroutine[Any, Any, Any]], Any]
+    opened: Any = None
+    """The instance, where a class was given."""
+
+    @property
+    def closes(self) -> bool:
+        """Whether there is a `close()` to be called."""
+        return callable(getattr(self.opened, "close", None))
+
+    def close(self, path: str) -> None:
+        """Call `close()` of the instance, if it has one; an exception in it is logged."""
+        if not self.closes:
+            return
+        try:
+            result = self.opened.close()
+            if inspect.isawaitable(result):
+                self.run(_awaited(result))
+        except BaseException as error:
+            said = f"{type(error).__name__}: {_text(error)}{place_of(error)}"
+            print(f"class {path!r}: close() failed: {said}. Its scores are kept.", file=sys.stderr, flush=True)
 
     @property
     def takes_many(self) -> bool:
@@ -209,8 +281,12 @@ def _load(task: RuleTask) -> LoadedFunction:
         except Exception as error:
             text = f"{what} failed when it was opened: {type(error).__name__}: {_text(error)}{place_of(error)}."
             raise UserError(text) from error
-        found.function = opened
+        found.function = found.opened = opened
     return found
+
+
+async def _awaited(result: Awaitable[Any]) -> None:
+    await result
 
 
 def _callee(

@@ -3,10 +3,11 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ def _score(options: argparse.Namespace) -> int:
         )
     rows = list(_rows(options.file))
     with tempfile.TemporaryDirectory(prefix="ratchet-score-") as folder:
-        places = _write(rows, Path(folder, "texts.jsonl"))
+        texts = Path(folder, "texts.jsonl")
+        places = _write(rows, texts)
+        theirs = _Theirs(texts, [place for place, _ in rows], places)
         nodes = _stages(config, options.scorer, options.tokenizer, Path(folder), options.overrides)
         for node in nodes:
-            if code := _run(node, config):
+            if code := _run(node, config, theirs):
                 return code
         scores = {
             (score.prompt_id, score.sample): score for score in Artifact.open(nodes[-1].output, SCORES).rows(Score)
@@ -104,6 +107,21 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Respons
     return places
 
 
+class _Theirs:
+    """Replaces places in the file that the stages read by those in the user's own."""
+
+    def __init__(self, texts: Path, rows: list[str], places: list[Place]) -> None:
+        self.pattern = re.compile(rf"{re.escape(str(texts))}, line ([0-9]+)")
+        lines: dict[str, list[str]] = {}
+        for row, (identity, _) in zip(rows, places, strict=True):
+            lines.setdefault(identity, []).append(row)
+        self.lines = [" or ".join(found) for found in lines.values()]
+
+    def __call__(self, text: str) -> str:
+        """A message with the user's places."""
+        return self.pattern.sub(lambda found: self.lines[int(found[1]) - 1], text)
+
+
 def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path, overrides: list[str]) -> list[Node]:
     """The nodes of the import, the scorers that `scorer` is composed of, and `scorer` itself.
 
@@ -137,13 +155,20 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     return nodes
 
 
-def _run(node: Node, config: RunConfig) -> int:
-    """Run a stage in the foreground, printing to standard error. Returns its exit code."""
+def _run(node: Node, config: RunConfig, theirs: Callable[[str], str]) -> int:
+    """Run a stage in the foreground, printing to standard error, with places in the user's file. Returns its exit code."""
     fields: Mapping[str, Any] = node.config.model_dump(mode="json", exclude_unset=True)
     argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
     command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    code = subprocess.run(command, env=stage_environment(variables), stdout=sys.stderr, check=False).returncode
+    environment = stage_environment(variables)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stderr.write(theirs(line))
+        code = process.wait()
     return code if code >= 0 else 1
 
 

@@ -1,5 +1,6 @@
 """A user's own scorers beyond a function of one answer: many at once, classes, async, parts and extras."""
 
+import json
 import os
 import re
 import signal
@@ -13,17 +14,21 @@ import msgspec
 import numpy
 import pytest
 import torch
-from annotation_world import make_rollout, publish_rollouts
+from annotation_world import make_rollout, publish, publish_rollouts
 
+from annotation.config import RlhflowImportConfig
 from annotation.samples import Sample
 from annotation.scorers import score_config
+from annotation.stages.rlhflow import RLHFLOW_IMPORT
 from annotation.stages.score import SCORE
 from annotation.workers.journal import Journal
 from annotation.workers.worker import AnswerInput, DetailedScore, Failed, TokenRewards, convert_result
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.records import Rollout, Score
+from contracts.prompts import PromptsConfig
+from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout, Score
 from contracts.stage import run_stage
+from contracts.stages.prompts import IMPORT_PROMPTS
 
 TEXTS = [["good .", "great ."], ["awful .", "bad ."], ["blue long .", "long"], ["good", "film ."]]
 
@@ -221,7 +226,8 @@ def test_settings_and_batch_enter_the_key_where_they_are_set(tmp_path: Path, ans
 def test_a_scorer_that_differs_between_calls_is_told(tmp_path: Path, answers: Artifact) -> None:
     text = "calls = 0\ndef judge(**others):\n    global calls\n    calls += 1\n    return {'score': calls, 'of': 2}"
     found = (
-        re.escape("scored prompt") + r" \w+, sample 0 twice with different results: 1.0 with {'of': 2.0}, then 9.0 with"
+        re.escape("scored prompt")
+        + r" \w+ \(\".*\"\), sample 0 twice with different results: 1.0 with {'of': 2.0}, then 9.0 with"
     )
     with pytest.raises(UserError, match=found):
         scored(tmp_path, answers, text, judge_twice=2)
@@ -292,3 +298,173 @@ def test_a_stack_dump_shows_where_coroutines_wait(tmp_path: Path) -> None:
             process.kill()
     where = f'  File "{path}", line 6 in ask\n  File "{path}", line 9 in judge\n'
     assert re.search(r"Coroutines that wait here: 2 \(most recent call first\):\n.*\n" + re.escape(where), said)
+
+
+CLOSED = """
+import asyncio, os, pathlib, time
+
+HERE = pathlib.Path(__file__).parent
+
+def wait_for(name):
+    while not (HERE / name).exists():
+        time.sleep(0.01)
+
+class judge:
+    def __init__(self):
+        (HERE / f"opened-{os.getpid()}").touch()
+
+    CALL
+
+    CLOSE
+"""
+NOTE = '(HERE / f"closed-{os.getpid()}").touch()'
+CLOSES = {
+    "sync": f"def close(self): {NOTE}",
+    "async": f"async def close(self):\n        await asyncio.sleep(0)\n        {NOTE}",
+}
+ONE = "def __call__(self, *, response, **others): "
+MANY = "async def __call__(self, samples): "
+
+
+def own_class(call: str, close: str) -> str:
+    return CLOSED.replace("CALL", call).replace("CLOSE", close)
+
+
+def opened_and_closed(folder: Path) -> tuple[set[str], set[str]]:
+    """The processes that have opened a scorer, and those that have closed one."""
+    return tuple({path.name.partition("-")[2] for path in folder.glob(f"{what}-*")} for what in ("opened", "closed"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("close", CLOSES)
+@pytest.mark.parametrize("call", [f"{ONE} return 1", f"{MANY} return [1] * len(samples)"], ids=["one", "many"])
+def test_a_class_is_closed_when_its_stage_is_finished(tmp_path: Path, answers: Artifact, call: str, close: str) -> None:
+    """Before the stage publishes: nothing of it outlives the stage."""
+    assert scores(scored(tmp_path, answers, own_class(call, CLOSES[close]), replicas=2)) == [1.0] * 8
+    opened, closed = opened_and_closed(tmp_path)
+    assert opened
+    assert closed == opened
+
+
+@pytest.mark.parametrize("close", CLOSES)
+def test_a_class_is_closed_where_another_response_fails(tmp_path: Path, answers: Artifact, close: str) -> None:
+    """Also in a process that is in the middle of a call, which is interrupted."""
+    call = (
+        f"{ONE}\n        if response == 'good .':\n            wait_for('hangs')\n            raise ValueError('no')\n"
+        "        (HERE / 'hangs').touch()\n        time.sleep(1000)"
+    )
+    with pytest.raises(UserError, match=r"sample 0: ValueError: no"):
+        scored(tmp_path, answers, own_class(call, CLOSES[close]), replicas=2)
+    opened, closed = opened_and_closed(tmp_path)
+    assert len(opened) == 2
+    assert closed == opened
+
+
+@pytest.mark.parametrize("call", [f"{ONE} time.sleep(1000)", f"{MANY} await asyncio.sleep(1000)"], ids=["one", "many"])
+def test_a_class_whose_call_takes_too_long_is_closed(tmp_path: Path, answers: Artifact, call: str) -> None:
+    with pytest.raises(UserError, match=r"has not scored .* after .* s, and was killed"):
+        scored(tmp_path, answers, own_class(call, CLOSES["async"]), seconds_per_sample=0.5, batch=1)
+    opened, closed = opened_and_closed(tmp_path)
+    assert len(opened) == 1
+    assert closed == opened
+
+
+def test_an_exception_in_close_is_logged_and_changes_nothing(
+    tmp_path: Path, answers: Artifact, capfd: pytest.CaptureFixture[str]
+) -> None:
+    close = "async def close(self): raise OSError('gone')"
+    assert scores(scored(tmp_path, answers, own_class(f"{ONE} return 1", close))) == [1.0] * 8
+    said = capfd.readouterr().err
+    assert re.search(
+        rf"class '{tmp_path}/mine.py:judge': close\(\) failed: OSError: gone \(.*mine.py, line \d+\)", said
+    )
+
+
+def test_a_close_that_hangs_is_ended(
+    tmp_path: Path, answers: Artifact, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("annotation.workers.process.CLOSE_SECONDS", 0.5)
+    made = scored(tmp_path, answers, own_class(f"{ONE} return 1", "def close(self): time.sleep(1000)"))
+    assert scores(made) == [1.0] * 8
+    said = capfd.readouterr().err
+    assert "was not closed after 0.5 s, and its process is killed" in said
+    assert "in close" in said, "the stack dump"
+
+
+@pytest.mark.parametrize("grace", ["0.1", "60"])
+def test_a_class_is_closed_when_the_stage_is_asked_to_stop(tmp_path: Path, answers: Artifact, grace: str) -> None:
+    """After the call in hand where that ends in time, which a file decides here; else the call is interrupted."""
+    (tmp_path / "mine.py").write_text(
+        own_class(f"{ONE}\n        (HERE / 'called').touch()\n        wait_for('go')\n        return 1", CLOSES["sync"])
+    )
+    fields = {"output": tmp_path / "scores", "rollouts": answers.path, "function": f"{tmp_path}/mine.py:judge"}
+    command = [
+        sys.executable,
+        "-m",
+        "annotation",
+        "score",
+        "kind=rule",
+        *(f"{key}={value}" for key, value in fields.items()),
+    ]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, env={**os.environ, "RATCHET_GRACE_SECONDS": grace}) as process:
+        while not (tmp_path / "called").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        if grace == "60":
+            (tmp_path / "go").touch()
+        assert process.wait(300) == 128 + signal.SIGTERM
+    opened, closed = opened_and_closed(tmp_path)
+    assert len(opened) == 1
+    assert closed == opened
+
+
+FAILS = """def judge(*, messages, **others):
+    if 'long' in messages[-1]['content']: raise ValueError('no')
+    return 1"""
+
+
+@pytest.mark.parametrize("through", ["prompts", "rlhflow"])
+def test_a_failure_names_the_prompt_as_its_author_knows_it(
+    tmp_path: Path, models: dict[str, Path], through: str
+) -> None:
+    """By its first words, and by file and line where it was imported from, also through a draw of several sets."""
+    source = tmp_path / "mine.jsonl"
+    asked = ["review the film", "review the long film", "review the book"]
+    source.write_text("".join(json.dumps({"prompt": each, "responses": ["good ."]}) + "\n" for each in asked))
+    if through == "prompts":
+        settings = PromptsConfig(source=source, output=tmp_path / "prompts", columns={"answer": None})
+        prompts = run_stage(IMPORT_PROMPTS, settings)
+        assert prompts is not None
+        taken = [make_rollout(number, ["good ."]) for number in range(3)]
+        rows = [
+            msgspec.structs.replace(rollout, prompt_id=prompt.prompt_id, messages=prompt.messages)
+            for rollout, prompt in zip(taken, prompts.rows(Prompt), strict=True)
+        ]
+        drawn = publish(
+            tmp_path / "drawn", PROMPTS, [[*prompts.rows(Prompt)]], input_paths={"sources.a": str(prompts.path)}
+        )
+        answers = publish(tmp_path / "rollouts", ROLLOUTS, [rows], input_paths={"prompts": str(drawn.path)})
+    else:
+        config = RlhflowImportConfig(source=source, output=tmp_path / "rollouts", tokenizer=models["causal"])
+        made = run_stage(RLHFLOW_IMPORT, config)
+        assert made is not None
+        answers = made
+    with pytest.raises(UserError) as told:
+        scored(tmp_path, answers, FAILS)
+    assert re.search(
+        r'failed on prompt [0-9a-f]{16} \("review the long film"\), sample 0: ValueError: no', str(told.value)
+    )
+    assert str(told.value).endswith(f" The prompt is {source}, line 2.")
+    source.unlink()
+    with pytest.raises(UserError, match=r"ValueError: no \(.*mine.py, line 2\)\.$"):
+        scored(tmp_path, answers, FAILS, output="again")
+
+
+def test_long_prompts_are_shortened_in_messages() -> None:
+    rollout = make_rollout(0, ["good ."])
+    asked = Message("user", "What\n is   this? " * 40)
+    sample = Sample(
+        msgspec.structs.replace(rollout, messages=(asked, Message("assistant", "It"))), rollout.completions[0]
+    )
+    shown = "What is this? " * 5
+    assert str(sample) == f'prompt {rollout.prompt_id} ("{shown[:60]}..."), sample 0'

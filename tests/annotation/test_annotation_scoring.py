@@ -317,7 +317,7 @@ def test_a_template_that_refuses_a_role_is_told_with_the_prompt(tmp_path, models
     (rollout,) = make_rollouts(1, 1)
     rollout = msgspec.structs.replace(rollout, messages=(Message("system", "be good"), *rollout.messages))
     rollouts = publish_rollouts(tmp_path / "rollouts", [rollout])
-    with pytest.raises(UserError, match=f"prompt {rollout.prompt_id}, sample 0: .*refuses.*no role system"):
+    with pytest.raises(UserError, match=rf"prompt {rollout.prompt_id} \(\".*\"\), sample 0: .*refuses.*no role system"):
         score(tmp_path / "scores", rollouts, kind="reward_model", model=models["reward"])
 
 

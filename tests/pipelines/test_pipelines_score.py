@@ -1,6 +1,7 @@
 """`pipeline score`: a run's scorer on texts of the user's."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,18 @@ def test_a_prompt_has_one_known_answer(config: Path, tmp_path: Path, capsys: pyt
     rows = [{"prompt": "so?", "response": "x", "answer": answer} for answer in ("a", "b")]
     assert main(["score", str(config), "exact", texts(tmp_path, *rows)]) == 2
     assert "line 2: the same prompt has another answer before" in capsys.readouterr().err
+
+
+def test_an_error_names_the_line_in_the_users_file(
+    config: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not that of the file with the grouped rows, which nobody sees and which is deleted."""
+    (tmp_path / "rules.py").write_text("def words(*, response, **_):\n    return 1 if response != 'x' else [][0]\n")
+    asked = [("so?", "a"), ("so?", "b"), ("and?", "x")]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in asked]
+    file = texts(tmp_path, *rows)
+    assert main(["score", str(config), "words", file, "--tokenizer", str(world)]) == 2
+    said = capfd.readouterr().err
+    assert '("and?"), sample 0: IndexError' in said
+    assert f"The prompt is {file}, line 3." in said
+    assert not re.search(r"ratchet-score-\S+, line", said)
