@@ -13,12 +13,16 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from annotation.scorers.constants import mistake_in
+
 Column = list[float]
 
 MAX_LENGTH = 2000
 """Maximum length of an expression, in characters."""
 MAX_DEPTH = 50
 """Maximum nesting depth of operations."""
+EXAMPLE = "Write a computation over the names of other scorers, for example 0.7 * helpful + 0.3 * form."
+"""The end of messages about a text that is not an expression."""
 OWN = ("tokens", "truncated")
 """Names for properties of the answer itself: its number of tokens, and whether it was truncated (1 or 0)."""
 
@@ -76,21 +80,22 @@ class Function:
     least: int
     most: int | None
     compute: Callable[..., float]
+    usage: str = "(x)"
 
 
 FUNCTIONS = {
-    "min": Function(1, None, min),
-    "max": Function(1, None, max),
-    "mean": Function(1, None, lambda *values: statistics.fmean(values)),
-    "lower_bound": Function(2, None, lower_bound),
+    "min": Function(1, None, min, "(x, y, ...)"),
+    "max": Function(1, None, max, "(x, y, ...)"),
+    "mean": Function(1, None, lambda *values: statistics.fmean(values), "(x, y, ...)"),
+    "lower_bound": Function(2, None, lower_bound, "(deviations, x, y, ...)"),
     "abs": Function(1, 1, abs),
-    "clip": Function(3, 3, lambda value, low, high: min(max(value, low), high)),
+    "clip": Function(3, 3, lambda value, low, high: min(max(value, low), high), "(x, low, high)"),
     "exp": Function(1, 1, math.exp),
     "log": Function(1, 1, math.log),
     "sqrt": Function(1, 1, math.sqrt),
     "sigmoid": Function(1, 1, lambda value: (1 + math.tanh(value / 2)) / 2),
     "tanh": Function(1, 1, math.tanh),
-    "overlong": Function(3, 3, overlong),
+    "overlong": Function(3, 3, overlong, "(length, most, cache)"),
 }
 """Functions of the numbers of one answer."""
 
@@ -129,11 +134,13 @@ class Expression:
         """
         if len(text) > MAX_LENGTH:
             raise ValueError(f"an expression of {len(text)} characters; it may have {MAX_LENGTH}.")
+        if not text.strip():
+            raise ValueError(f"it is empty. {EXAMPLE}")
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             problem = error.msg if isinstance(error, SyntaxError) else str(error)
-            raise ValueError(f"not an expression: {problem}.") from error
+            raise ValueError(f"not an expression: {problem.rstrip('.?')}. {EXAMPLE}") from error
         self.text = text
         self._tree = tree
         self.names: dict[str, tuple[str, str | None]] = {}
@@ -142,7 +149,10 @@ class Expression:
         """Scorers whose published scores it needs, for `standard`."""
         self._check(tree, 0)
         if not self.names:
-            raise ValueError("it names no scorer, so every answer would be scored by its length alone at best.")
+            raise ValueError(
+                f"it names no scorer, so every answer would be scored by its length alone at best. {EXAMPLE}"
+            )
+        self._check_constants(tree)
 
     def _check(self, node: ast.expr, depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -155,6 +165,13 @@ class Expression:
                 self._note(name, name, None)
             case ast.Attribute(value=ast.Name(id=name), attr=part):
                 self._note(f"{name}.{part}", name, part)
+            case ast.Attribute(value=ast.Attribute()):
+                raise ValueError(
+                    f"{ast.unparse(node):.60} is not allowed: it has more than one dot. A name is SCORER or "
+                    "SCORER.PART, and parts have no parts."
+                )
+            case ast.Tuple(elts=[]):
+                raise ValueError(f"() is not allowed: there is nothing in the parentheses. {EXAMPLE}")
             case (
                 ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div())
                 | ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not())
@@ -185,7 +202,9 @@ class Expression:
             raise ValueError(f"no function {name}; there are {', '.join(KNOWN)}.")
         if len(given) < least or (most is not None and len(given) > most):
             wanted = f"{least}" if most == least else f"{least} or more"
-            raise ValueError(f"{name} takes {wanted} values, and is given {len(given)}.")
+            noun = "value" if wanted == "1" else "values"
+            usage = f"{name}{function.usage}" if function else f"{name}({'NAME' if name == STANDARD else 'x'})"
+            raise ValueError(f"{name} takes {wanted} {noun}, and is given {len(given)}. Write {usage}.")
         if name == STANDARD:
             if not isinstance(given[0], ast.Name) or given[0].id in OWN:
                 raise ValueError(
@@ -194,6 +213,23 @@ class Expression:
             self.standardised.add(given[0].id)
         for one in given:
             self._check(one, depth + 1)
+
+    def _check_constants(self, tree: ast.expr) -> None:
+        """Refuse what is the same for every response and cannot be meant.
+
+        Raises:
+            ValueError: a division by 0, bounds in the wrong order, a comparison that never holds.
+        """
+
+        def constant(node: ast.expr) -> float | None:
+            called = {id(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+            if any(isinstance(inner, ast.Name) and id(inner) not in called for inner in ast.walk(node)):
+                return None
+            return self._column(node, {}, {}, 1)[0]
+
+        for node in ast.walk(tree):
+            if isinstance(node, ast.expr) and (wrong := mistake_in(node, constant)):
+                raise ValueError(f"{ast.unparse(node):.60}: {wrong}")
 
     def _note(self, written: str, scorer: str, part: str | None) -> None:
         if scorer not in OWN:

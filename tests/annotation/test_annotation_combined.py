@@ -45,6 +45,14 @@ def computed(text: str, **columns: Any) -> list[float]:
         ("overlong(tokens, 120, 40) + 0 * a", -0.5),
         ("sigmoid(a - a)", 0.5),
         ("a == 3", 1.0),
+        ("1 < a < 5", 1.0),
+        ("5 > a > b > 1", 1.0),
+        ("1 < a > 2", 1.0),
+        ("a != b", 1.0),
+        ("clip(a, 1, 1)", 1.0),
+        ("clip(a, b, 1)", 1.0),
+        ("lower_bound(0 - 1, a, b)", 3.0),
+        ("a / (2 - 1)", 3.0),
     ],
 )
 def test_what_expressions_say(text: str, value: float) -> None:
@@ -90,6 +98,28 @@ def test_what_cannot_be_computed_is_no_number(text: str) -> None:
         ("(" * 900 + "a" + ")" * 900, "not an expression|characters"),
         ("a + " * 600 + "a", "characters; it may have 2000"),
         ("a\x00", "not an expression"),
+        ("", "it is empty. Write a computation over the names of other scorers, for example 0.7"),
+        (" ", "it is empty"),
+        ("()", r"\(\) is not allowed: there is nothing in the parentheses"),
+        ("a and ()", r"\(\) is not allowed: there is nothing in the parentheses"),
+        ("a and", "not an expression: invalid syntax. Write"),
+        ("a if b", "not an expression: expected 'else' after 'if' expression. Write"),
+        ("min()", r"min takes 1 or more values, and is given 0. Write min\(x, y, ...\)"),
+        ("abs()", r"abs takes 1 value, and is given 0. Write abs\(x\)"),
+        ("a.b.c", "it has more than one dot. A name is SCORER or SCORER.PART"),
+        ("clip(a, 5, 1)", r"clip\(a, 5, 1\): the lower bound 5 is above the upper bound 1. Write clip\(a, 1, 5\)"),
+        ("1 + clip(a, 2 * 3, -1)", r"the lower bound 6 is above the upper bound -1. Write clip\(a, -1, 2 \* 3\)"),
+        ("a / 0", "a / 0: it divides by 0, which is 0"),
+        ("a if b else b / (1 - 1)", r"b / \(1 - 1\): it divides by 1 - 1, which is 0"),
+        ("a + log(0)", r"log\(0\): it is not a finite number"),
+        ("a * sqrt(0 - 1)", r"sqrt\(0 - 1\): it is not a finite number"),
+        ("a * 1e300 + 1e200 * 1e200", r"1e\+200 \* 1e\+200: it is not a finite number"),
+        ("5 < a < 1", "5 < a < 1: it never holds, because 5 is above 1"),
+        ("1 >= a > b >= 5", "it never holds, because 1 is below 5"),
+        ("lower_bound(a, b)", r"a is not the number of standard deviations, .* Write lower_bound\(1, a, b\)"),
+        ("lower_bound(1, a)", "a alone has no spread. Give two scorers or more"),
+        ("a + overlong(tokens, 128, 512)", "cannot begin 512 tokens before the limit of 128"),
+        ("a + overlong(tokens, 0, 0)", "responses of 0 tokens are none"),
     ],
 )
 def test_what_is_no_expression_is_refused(text: str, message: str) -> None:
@@ -207,10 +237,12 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path, rollouts: Artifact, 
     with pytest.raises(UserError, match=r"standards has no 'words'"):
         tried("standard(words)")
     with pytest.raises(UserError, match=r"words / \(brief - brief\) divides by brief - brief, which is 0") as told:
-        tried("1 + (words / (brief - brief) if words > 0 else brief / 0)")
+        tried("1 + (words / (brief - brief) if words > 0 else brief / (words - words))")
     assert "scorer 'reward', expression '1 + (words / (brief - brief) if" in str(told.value)
     assert "dtype" not in str(told.value)
-    with pytest.raises(UserError, match=r"for prompt \w+, sample 0, log\(brief - brief\) is not a finite number"):
+    with pytest.raises(
+        UserError, match=r"for prompt \w+ \(\".*\"\), sample 0, log\(brief - brief\) is not a finite number"
+    ):
         tried("words * log(brief - brief)")
     others = publish_rollouts(tmp_path / "others", [make_rollout(9, ["good ."])])
     with pytest.raises(UserError, match="was made from other rollouts"):
