@@ -15,15 +15,17 @@ import functools
 import inspect
 import itertools
 import json
+import os
+import re
 import reprlib
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from contracts import other_names, yaml_text
@@ -100,6 +102,11 @@ class Section(BaseModel):
                 raise TypeError(f"{cls.__name__}.{name} must be declared with identity(), input_path() or runtime()")
         cls.roles = {name: _declared(field)["role"] for name, field in cls.model_fields.items()}
 
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        return _at_home(value)
+
     @classmethod
     def variants(cls) -> "Mapping[str, type[Section]]":
         """For a section whose keys depend on its key `kind`: the classes for its values."""
@@ -121,6 +128,26 @@ class Section(BaseModel):
         """Whether a `later` field has its default."""
         field = type(self).model_fields[name]
         return bool(_declared(field).get("later") and value == field.default)
+
+
+def _at_home(value: Any) -> Any:
+    """The same with the user's home directory in place of the ~ at the beginning of each path."""
+    if isinstance(value, Path):
+        return Path(at_home(str(value)))
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    return value
+
+
+def at_home(text: str) -> str:
+    """A path with the user's home directory in place of a ~ at its beginning, also in `~/file.py:function`."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
+PlaceText: TypeAlias = Annotated[str, AfterValidator(at_home)]
+"""A text that may be a path: of a directory, or of a file with a function in it."""
 
 
 def _plain(value: Any, role: Role) -> Any:
@@ -318,7 +345,9 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
         hint = f" Did you mean {'.'.join([*map(str, parents), nearest[0]])!r}?" if nearest else ""
         return f"unknown key {place!r}.{hint} Known keys: {', '.join(sorted(known))}."
     if problem["type"] == "missing":
-        return f"{place!r} is required but not set."
+        return f"{place!r} is required but not set.{_meaning(model, problem['loc'], place)}"
+    if problem["input"] is None and location and problem["type"] != "value_error":
+        return _explain_null(model, problem, place)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("model_type", "model_attributes_type") and location:
         message = f"it is a section; its keys are {', '.join(sorted(fields_at(model, problem['loc'])))}"
@@ -334,6 +363,36 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a section's own check names the keys
         shown = f"{place}: " if place else ""
     return f"{shown}{message}" + ("" if message.endswith(".") else ".")
+
+
+def _meaning(model: type[BaseModel], location: Sequence[Any], place: str) -> str:
+    """A sentence with what a key has to be set to, by the first sentence of its documentation."""
+    found: list[Any] = [model]
+    for part in location[:-1]:
+        found, _ = _step(found, part)
+    sections = [section for each in found for section in _members(each) if _is_model(section)]
+    said = next((text for section in sections if (text := docstrings(section).get(str(location[-1])))), "")
+    first = re.split(r"[.;:]\s", " ".join(said.split()) + " ", maxsplit=1)[0].rstrip(" .")
+    return f" Set {place}=VALUE: {first}." if first else ""
+
+
+def _explain_null(model: type[BaseModel], problem: Any, place: str) -> str:
+    """A mistake in words where the value is null, as of `prompts.heldout=null` on the command line."""
+    field = fields_at(model, problem["loc"][:-1]).get(problem["loc"][-1])
+    needed = field is None or field.is_required()
+    if keys := fields_at(model, problem["loc"]):
+        required = [f"{place}.{name}" for name, one in keys.items() if one.is_required()]
+        what = f"this section is required. Set {', '.join(required or [f'{place}.KEY'])}"
+        if not needed:
+            what = "it is a section. Leave it out to have its defaults" + (f", or set {place}.KEY" if keys else "")
+        return f"{place!r} is null, but {what}; its keys are {', '.join(sorted(keys))}."
+    if problem["type"] == "dict_type":
+        what = "entries by name are required" if needed else "it holds entries by name"
+        return f"{place!r} is null, but {what}. Set {place}.NAME{'' if needed else ', or leave it out'}."
+    message = problem["msg"].removeprefix("Input ")
+    default = None if field is None or needed else field.get_default(call_default_factory=True)
+    mend = "Set it" if needed else f"Leave it out to have the default ({reprlib.repr(default)}), or set it"
+    return f"{place!r} is null, but {message}. {mend}."
 
 
 def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:

@@ -46,7 +46,8 @@ class GateSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.above is None) == (self.below is None):
-            raise ValueError("give either above or below.")
+            what = "neither above nor below is set" if self.above is None else "above and below are both set"
+            raise ValueError(f"{what}, and the condition has one bound: give either above or below.")
         if self.relative_to and self.difference_to:
             raise ValueError("relative_to makes the bound a multiple, difference_to a difference: give one of the two.")
         low, high = range_of(self.metric)

@@ -91,12 +91,19 @@ class PairStrategy:
             try:
                 checked[name] = TypeAdapter(known[name].annotation, config=STRICT).validate_python(value)
             except ValidationError as error:
-                wanted = " or ".join(problem["msg"].removeprefix("Input should be ") for problem in error.errors())
+                wanted = " or ".join(filter(None, map(_wanted, error.errors())))
                 raise ValueError(
                     f"strategy {self.name}: the setting {name} is {value!r}, but must be {wanted} (its default is "
                     f"{known[name].default})."
                 ) from error
         return checked
+
+
+def _wanted(problem: Any) -> str:
+    """What a setting must be instead, in words; empty for null, which is said as the default."""
+    if problem["type"] == "too_short":
+        return f"a list of at least {problem['ctx']['min_length']}"
+    return "" if problem["type"] == "none_required" else problem["msg"].removeprefix("Input should be ")
 
 
 STRATEGIES: dict[str, PairStrategy] = {}

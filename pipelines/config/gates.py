@@ -14,6 +14,7 @@ STANDARD_METRICS = (
     "self_similarity"
 ).split()
 """Metrics that every evaluation has."""
+UNCERTAINTY = "reward_uncertainty"
 
 
 def condition(section: GateSection) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def condition(section: GateSection) -> dict[str, Any]:
 
 def known_metrics(config: RunConfig) -> list[str]:
     """The metrics of a run's evaluations that gates can refer to."""
-    found = [*STANDARD_METRICS, *(["reward_uncertainty"] if config.scorers["reward"].ensemble else [])]
+    found = [*STANDARD_METRICS, *([UNCERTAINTY] if config.scorers["reward"].ensemble else [])]
     for name in config.scorers:
         if name != "reward":
             found += ["gold_reward_mean" if name == "gold" else f"{name}_mean", f"spearman_{name}", f"kendall_{name}"]
@@ -63,6 +64,12 @@ def _require_metric(place: str, gate: GateSection, config: RunConfig) -> None:
             )
         return
     known = known_metrics(config)
+    if gate.metric == UNCERTAINTY and UNCERTAINTY not in known:
+        raise UserError(
+            f"{place}.metric is {UNCERTAINTY}, by how much the scorers of an ensemble disagree, but scorers.reward "
+            f"({config.scorers['reward'].shown}) is no ensemble. Combine two scorers or more, for example "
+            "scorers.reward={kind: combined, expression: 'mean(one, other)'}, or decide by another metric."
+        )
     if gate.metric not in known:
         tried = gate.metric.removeprefix("eval/")
         hint = did_you_mean(tried, known)

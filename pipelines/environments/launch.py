@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, Self
 
 from pydantic import model_validator
 
-from contracts.config import Section, runtime
+from contracts.config import PlaceText, Section, runtime
 from contracts.errors import TransientError, UserError
 from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
 from pipelines.environments.locked import VARIANT, Locked, interpreter, require_known, resolve_variant
@@ -54,12 +54,12 @@ for scoring, whose temporaries have similar sizes; in training, holes between th
 class EnvironmentConfig(Section):
     """The environment of a kind of stage; empty: its locked one."""
 
-    python: str | None = runtime(None, min_length=1)
+    python: PlaceText | None = runtime(None, min_length=1)
     """Path of your own interpreter, or its name on PATH, which the prologue may set; in a container or conda
     environment the name of its interpreter."""
-    conda: str | None = runtime(None, min_length=1)
+    conda: PlaceText | None = runtime(None, min_length=1)
     """Name or prefix (a path) of a conda environment."""
-    container: str | None = runtime(None, min_length=1)
+    container: PlaceText | None = runtime(None, min_length=1)
     """Container image: a .sif file or docker://IMAGE for apptainer, an image name for docker or podman."""
     container_runtime: Literal["apptainer", "singularity", "docker", "podman"] | None = runtime(None)
     """Container runtime; by default the first of these that is on PATH."""
@@ -154,7 +154,7 @@ def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _own_python(environment: EnvironmentConfig, name: str) -> str:
-    python = os.path.expanduser(environment.python or "")
+    python = environment.python or ""
     if os.sep in python:  # links are kept: a virtual environment's interpreter is one
         python = os.path.abspath(python)
     if not environment.prologue and shutil.which(python) is None:

@@ -24,6 +24,7 @@ BEGIN = """\
 
 A run is one YAML file; every key can also be set in the command, as `key=value` with dots between sections:
 `pipeline run quickstart training.learning_rate=1e-4`. A mistyped key is an error that names the nearest one.
+A `~` at the beginning of a path is your home directory.
 For the keys of other tools see [Coming from TRL, OpenRLHF or verl](../coming-from-trl.md).
 
 The role of a key says how a change affects published artifacts ([stage keys](../concepts.md#stage-keys)):

@@ -6,7 +6,17 @@ from typing import ClassVar
 import pytest
 from pydantic import Field
 
-from contracts.config import Role, Section, StageConfig, apply_overrides, identity, input_path, read_yaml, runtime
+from contracts.config import (
+    PlaceText,
+    Role,
+    Section,
+    StageConfig,
+    apply_overrides,
+    identity,
+    input_path,
+    read_yaml,
+    runtime,
+)
 from contracts.config import validate as validate_config
 from contracts.errors import UserError
 from contracts.stage import key_parts, stage_key
@@ -19,15 +29,29 @@ class Inner(Section):
     threads: int = runtime(1, was="workers jobs")
 
 
+class Needed(Section):
+    """A section without which nothing goes."""
+
+    path: Path = input_path()
+    """A file: of any kind."""
+
+
 class Example(StageConfig):
     """A stage."""
 
     stage: ClassVar[str] = "example"
     code_version: ClassVar[int] = 1
     source: Path = input_path(was="from")
+    """What it reads. Anything."""
     others: dict[str, Path] = input_path({})
     learning_rate: float = identity(1e-3)
     inner: Inner = identity(Inner())
+
+
+class Demanding(Example):
+    """A stage with a section that has to be set."""
+
+    needed: Needed = identity()
 
 
 def key(**fields: object) -> str:
@@ -72,8 +96,19 @@ def test_roles_are_selected_in_nested_sections(source: Path, tmp_path: Path) -> 
         ({"inner": {"bta": 0.2}}, r"unknown key 'inner\.bta'\. Did you mean 'inner\.beta'\?"),
         ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
         ({"inner": {"beta": "much"}}, r"'inner\.beta' is 'much'"),
-        ({"source": None}, "'source' is None"),
-        ({}, "'source' is required but not set"),
+        ({"source": None}, r"'source' is null, but is not a valid path for .*\. Set it\."),
+        (
+            {"learning_rate": None},
+            r"'learning_rate' is null, but .* Leave it out to have the default \(0\.001\), or set",
+        ),
+        (
+            {"inner": None},
+            r"'inner' is null, but it is a section\. Leave it out .*, or set inner\.KEY; its keys are beta",
+        ),
+        ({"others": None}, r"'others' is null, but it holds entries by name\. Set others\.NAME, or leave it out\."),
+        ({}, r"'source' is required but not set\. Set source=VALUE: What it reads\."),
+        ({"needed": {}}, r"'needed\.path' is required but not set\. Set needed\.path=VALUE: A file\."),
+        ({"needed": None}, r"'needed' is null, but this section is required\. Set needed\.path; its keys are path"),
         ({"inner": {"kl_weight": 1}}, r"unknown key 'inner\.kl_weight': it is called 'inner\.beta' now\."),
         ({"inner": {"jobs": 1}}, r"unknown key 'inner\.jobs': it is called 'inner\.threads' now\."),
         ({"from": "a"}, "unknown key 'from': it is called 'source' now"),
@@ -81,7 +116,7 @@ def test_roles_are_selected_in_nested_sections(source: Path, tmp_path: Path) -> 
 )
 def test_mistakes_are_explained(data: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        validate_config(Example, {"output": "x", **data}, "example.yaml")
+        validate_config(Demanding if "needed" in data else Example, {"output": "x", **data}, "example.yaml")
 
 
 def test_overrides_are_yaml_and_reach_into_sections() -> None:
@@ -104,3 +139,30 @@ def test_a_number_sign_on_the_command_line_begins_no_comment() -> None:
     given = ["answer_after=####", "name=a #b", "k=4", "stop=['#']", "nothing=null"]
     read = {"answer_after": "####", "name": "a #b", "k": 4, "stop": ["#"], "nothing": None}
     assert apply_overrides({}, given) == read
+
+
+class Homes(StageConfig):
+    """A stage with paths of every form."""
+
+    stage: ClassVar[str] = "homes"
+    code_version: ClassVar[int] = 1
+    one: Path = input_path()
+    several: list[Path] = input_path([])
+    named: dict[str, Path] | None = input_path(None)
+    function: PlaceText = identity("")
+    text: str = identity("")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in nothing else; a file whose name begins with one stays what it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"output": "~", "one": "~/a", "several": ["~/b", "c~"], "named": {"x": "~/d"}, "function": "~/f.py:judge"}
+    made = validate_config(Homes, {**data, "text": "~/g"}, "x")
+    assert (made.output, made.one, made.several) == (
+        Path("/home/me"),
+        Path("/home/me/a"),
+        [Path("/home/me/b"), Path("c~")],
+    )
+    assert (made.named, made.function, made.text) == ({"x": Path("/home/me/d")}, "/home/me/f.py:judge", "~/g")
+    others = validate_config(Homes, {"output": "x", "one": "~no-such-user/a", "several": ["a/~"]}, "x")
+    assert (others.one, others.several) == (Path("~no-such-user/a"), [Path("a/~")])

@@ -100,7 +100,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml training.settings.beta", "write key=value"),
         ("run smallest.yaml training.settings.betta=1", "Did you mean 'beta'"),
         ("run smallest.yaml training=3", "'training' is 3"),
-        ("run smallest.yaml training=null", "'training' is None"),
+        ("run smallest.yaml training=null", "'training' is null, but it is a section. Leave it out"),
         ("run smallest.yaml training.settings.beta=[1", "not valid YAML"),
         ("run smallest.yaml training.settings.beta.gamma=1", "the setting 'beta'"),
         ("run smallest.yaml generation.k=1", "generation.k is 1"),
