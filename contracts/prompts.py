@@ -76,6 +76,15 @@ class PromptsConfig(PromptsSettings, StageConfig):
     count."""
 
 
+EMPTY_PROMPT = "empty_prompt"
+"""Reason in the drop ledger: responses to a prompt in which nothing is asked."""
+
+
+def is_empty(messages: Sequence[Message]) -> bool:
+    """Whether a conversation says nothing apart from system messages."""
+    return not any(turn.content.strip() or turn.tool_calls for turn in messages if turn.role != "system")
+
+
 def prompt_id(messages: Sequence[Message], tools: JsonObjects | msgspec.UnsetType = msgspec.UNSET) -> str:
     """The id of a prompt: 16 hex digits of the hash of its conversation and, if it has any, its tools."""
     turns = [msgspec.to_builtins(message) for message in messages]

@@ -23,7 +23,7 @@ from contracts.fields import surrogate_error
 from contracts.jsonl import encode, read_jsonl
 from contracts.layouts import has_column, look_up
 from contracts.ledger import Ledger
-from contracts.prompts import prompt_id
+from contracts.prompts import EMPTY_PROMPT, is_empty, prompt_id
 from contracts.records import PROMPTS, ROLLOUTS, Completion, Message, Prompt, Rollout, Score
 from contracts.sources import read_rows
 from contracts.stage import Context, Outcome
@@ -176,6 +176,8 @@ class PreferenceRow:
             return "different_prompts"
         if not before or (better.role, worse.role) != ("assistant", "assistant"):
             return "no_answer"
+        if is_empty(before):
+            return EMPTY_PROMPT
         if not (better.content.strip() and worse.content.strip()):
             return "empty"
         if better == worse:

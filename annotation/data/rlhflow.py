@@ -22,7 +22,7 @@ from contracts.joining import join
 from contracts.jsonl import encode, read_jsonl, write_jsonl
 from contracts.layouts import Layout
 from contracts.ledger import Ledger, merge
-from contracts.prompts import prompt_id
+from contracts.prompts import EMPTY_PROMPT, is_empty, prompt_id
 from contracts.records import ROLLOUTS, SCORES, Completion, JsonObjects, Message, Rollout, Schema, Score
 from contracts.stage import Context, Outcome
 
@@ -133,6 +133,9 @@ def run_import(config: RlhflowImportConfig, context: Context) -> Outcome:
                 ledger.drop("duplicate_prompt", len(row.responses))
                 continue
             seen.add(key)
+            if is_empty(row.prompt):
+                ledger.drop(EMPTY_PROMPT, len(row.responses))
+                continue
             rollout = _rollout(config, chat, key, row, ledger)
             if rollout is not None:
                 rollouts.append(rollout)

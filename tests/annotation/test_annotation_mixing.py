@@ -89,12 +89,16 @@ def test_what_is_left_out_is_counted(tmp_path, models):
         pair("review the long book", "good .", "bad .", score_chosen=1, score_rejected=2),
         pair("review the long film", "good .", "bad .", score_chosen=2, score_rejected=2),
         pair("review the blue film", "good .", "bad ."),
+        pair("", "good .", "bad ."),
+        pair([{"role": "system", "content": "review"}, {"role": "user", "content": " "}], "good .", "bad ."),
+        {"chosen": [{"role": "user", "content": "\n"}, GOOD], "rejected": [{"role": "user", "content": "\n"}, BAD]},
     ]
     held = write(tmp_path / "heldout.jsonl", [{"prompt": "review the book"}])
     run_stage(IMPORT_PROMPTS, PromptsConfig(source=held, output=tmp_path / "h"))
     rollouts, pairs = imported(tmp_path, rows, models, max_dropped=0.8, exclude=[tmp_path / "h"], limit=6, shard_size=2)
     assert rollouts.manifest.ledger.dropped == {
         "identical_answers": 1, "empty": 1, "held_out": 1, "different_prompts": 1, "no_answer": 1, "scores_disagree": 1,
+        "empty_prompt": 3,
     }  # fmt: skip
     assert len(rollouts.shards) == 2
     first, second, *_ = rollouts.rows(Rollout)

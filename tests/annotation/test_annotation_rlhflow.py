@@ -83,6 +83,16 @@ def test_unscored_samples_and_repeated_prompts_are_counted(tmp_path, rollouts, m
     assert str(imported(tmp_path / "b", source, models, max_dropped=1).manifest.ledger).endswith("1 duplicate_prompt")
 
 
+def test_answers_to_an_empty_prompt_are_counted(tmp_path, models):
+    rows = [{"prompt": prompt, "responses": ["good .", "bad ."]} for prompt in ("review the film", "", " \n")]
+    source = tmp_path / "empty.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = imported(tmp_path / "rollouts", source, models, max_dropped=0.7)
+    assert str(made.manifest.ledger) == "6 samples in = 2 kept + 4 empty_prompt"
+    with pytest.raises(UserError, match="4 empty_prompt is more than max_dropped"):
+        imported(tmp_path / "again", source, models, max_dropped=0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
