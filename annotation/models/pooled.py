@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from annotation.models.comparisons import Opponents
 from annotation.models.loading import accelerators, load_model
 from annotation.models.pairwise import PairwiseModel
-from annotation.models.reader import HALF_TOLERANCE, Numbers
+from annotation.models.reader import HALF_TOLERANCE, ModelReader, Numbers
 from annotation.models.reward_model import RewardModel, own_rewards
 from annotation.samples import Sample
 from annotation.scorers.base import ModelSettings
@@ -45,7 +45,22 @@ TOLERANCE = 1e-3
 `HALF_TOLERANCE` of reader.py."""
 
 
-class PooledRewardModel(RewardModel):
+class _Pooled(ModelReader):
+    """Computes a reader's numbers by vLLM; in the bases of a class it stands before the reader for transformers."""
+
+    engine: "PoolingEngine"
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """Score like the reader for transformers, starting with an empty prefix cache."""
+        self.engine.reset_cache()
+        return super().__call__(samples)
+
+    def read(self, rows: Sequence[Row]) -> list[Numbers]:
+        """The numbers of all rows' responses: rewards, or log p(A) - log p(B) for the token after each."""
+        return self.engine.read(rows)
+
+
+class PooledRewardModel(_Pooled, RewardModel):
     """A `RewardModel` whose scores are computed by vLLM."""
 
     def __init__(self, config: RewardModelConfig, longest: int | None) -> None:
@@ -56,17 +71,8 @@ class PooledRewardModel(RewardModel):
         self.engine = PoolingEngine(config, longest, spec)
         self.facts = self.engine.facts
 
-    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """Score like a `RewardModel`, starting with an empty prefix cache."""
-        self.engine.reset_cache()
-        return super().__call__(samples)
 
-    def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """The rewards of all rows' responses."""
-        return self.engine.read(rows)
-
-
-class PooledPairwiseModel(PairwiseModel):
+class PooledPairwiseModel(_Pooled, PairwiseModel):
     """A `PairwiseModel` whose scores are computed by vLLM, as a classifier built from the LM head's rows for the two
     labels."""
 
@@ -83,15 +89,6 @@ class PooledPairwiseModel(PairwiseModel):
         spec = _ModelSpec(_load_plain, functools.partial(_differences, labels), question, overrides)
         self.engine = PoolingEngine(config, longest, spec)
         self.facts = self.engine.facts
-
-    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """Score like a `PairwiseModel`, starting with an empty prefix cache."""
-        self.engine.reset_cache()
-        return super().__call__(samples)
-
-    def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """log p(A) - log p(B) for the token after each response."""
-        return self.engine.read(rows)
 
 
 def open_reward_model(config: RewardModelConfig, longest: int | None) -> RewardModel:

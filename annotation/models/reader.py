@@ -15,10 +15,13 @@ import torch
 
 from annotation.models.batching import batches, row_batches
 from annotation.models.loading import compute_facts, load_model
+from annotation.samples import Sample
 from annotation.scorers.base import CPU_TOKENS, ModelSettings
 from contracts.architectures import support_of
 from contracts.attempt import beat
 from contracts.errors import UserError
+from contracts.faults import Fault
+from contracts.records import Score
 from modeling.attention import attention_on, use_packed_attention
 from modeling.cpu import CpuDecoder, is_fast_here
 from modeling.heads import head_shape
@@ -66,6 +69,10 @@ class ModelReader:
             "attention": str(self.model.config._attn_implementation),
         }
         self.counts: dict[str, int] = {}
+
+    def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
+        """Score the samples of one shard, in order; a string is the reason why a sample is dropped."""
+        raise NotImplementedError
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
         """The numbers for all responses of all rows."""
