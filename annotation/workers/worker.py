@@ -133,7 +133,7 @@ def main(descriptor: int) -> NoReturn:
     sys.exit(0)
 
 
-def _serve(function: "Loaded", lines: BinaryIO, send: Callable[..., None], interrupts: "_Interrupts") -> None:
+def _serve(function: "LoadedFunction", lines: BinaryIO, send: Callable[..., None], interrupts: "_Interrupts") -> None:
     """Score what each line holds, until the stage closes the connection or interrupts a call."""
     decoder = msgspec.json.Decoder(list[AnswerInput])
     for line in lines:
@@ -142,7 +142,7 @@ def _serve(function: "Loaded", lines: BinaryIO, send: Callable[..., None], inter
             _score_line(function, given, send)
 
 
-def _score_line(function: "Loaded", given: list[AnswerInput], send: Callable[..., None]) -> None:
+def _score_line(function: "LoadedFunction", given: list[AnswerInput], send: Callable[..., None]) -> None:
     if function.takes_many:
         send(*_score_batch(function, given))
         return

@@ -156,7 +156,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
 
 
 def _run(node: Node, config: RunConfig, theirs: Callable[[str], str]) -> int:
-    """Run a stage in the foreground, printing to standard error, with places in the user's file. Returns its exit code."""
+    """Run a stage in the foreground, printing to standard error, places in the user's file. Returns its exit code."""
     fields: Mapping[str, Any] = node.config.model_dump(mode="json", exclude_unset=True)
     argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
     command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
