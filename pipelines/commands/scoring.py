@@ -110,7 +110,7 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Respons
 class _Theirs:
     """Replaces places in the file that the stages read by those in the user's own."""
 
-    def __init__(self, texts: Path, rows: list[str], places: list[Place]) -> None:
+    def __init__(self, texts: Path, rows: list[str], places: list[ResponseKey]) -> None:
         self.pattern = re.compile(rf"{re.escape(str(texts))}, line ([0-9]+)")
         lines: dict[str, list[str]] = {}
         for row, (identity, _) in zip(rows, places, strict=True):
