@@ -100,7 +100,7 @@ class Graph:
         self.directory = directory
         self.nodes: dict[str, Node] = {}
         self.lag = 0
-        """By how many policies sampling lags behind at most, in further iterations."""
+        """Maximum lag of the last iteration, and of the later ones that `changes` already set."""
         self.gates: dict[int, str] = {}
         """By iteration, the gate that decides whether it may begin, if there is one."""
         self.rollbacks: dict[str, int] = {}

@@ -17,7 +17,7 @@ from pipelines.machine import cores, default_parallel, gpu_count
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hardware and limits that stages are placed and scheduled by."""
+    """The hardware that stages are placed on, and the limits for running them."""
 
     executor: ExecutorSection
     placement: PlacementSection
@@ -105,12 +105,12 @@ def cluster_of(config: RunConfig, gpus: int | None = None) -> Cluster:
     """
     gpus = gpu_count() if gpus is None else gpus
     placement = config.placement
-    beside = max(2, cores() // 2) if placement.strategy not in WHOLE else default_parallel(gpus)
+    default = max(2, cores() // 2) if placement.strategy not in WHOLE else default_parallel(gpus)
     return Cluster(
         config.executor,
         placement,
         gpus,
         cores(),
-        config.executor.parallel or beside,
+        config.executor.parallel or default,
         os.environ.get(VARIANT) != "cpu",
     )

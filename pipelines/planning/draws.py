@@ -40,7 +40,7 @@ class Draws:
 
     @property
     def finishes(self) -> bool:
-        """Whether most runs end without a restart; otherwise their times mean nothing."""
+        """Whether most runs end without a restart; otherwise their times are meaningless."""
         return self.stopped <= 0.5
 
     @property

@@ -49,7 +49,7 @@ class GraphOutlook:
 
 @dataclass(frozen=True)
 class ContextUse:
-    """The maximum number of tokens of a stage's sequences, and the context of its model."""
+    """The maximum sequence length of a stage, and the context of its model, in tokens."""
 
     keys: str
     """The config keys that set the maximum, with their values."""

@@ -157,7 +157,7 @@ def request_of(node: Node, graph: Graph) -> StageRequest:
     for field, value in node.config.select(Role.INPUT).items():
         if isinstance(value, str) and graph.producer_name(Path(value)) is not None:
             made.append(field)
-            config[field] = _known(Path(value), graph)
+            config[field] = _stand_in(Path(value), graph)
         elif isinstance(value, list | dict):
             config[field] = _replaced(config[field], graph)
     for field in IGNORED_FIELDS:
@@ -171,10 +171,10 @@ def _replaced(value: Any, graph: Graph) -> Any:
         return {key: _replaced(item, graph) for key, item in value.items()}
     if isinstance(value, list):
         return list(dict.fromkeys(_replaced(item, graph) for item in value))
-    return _known(Path(value), graph)
+    return _stand_in(Path(value), graph)
 
 
-def _known(path: Path, graph: Graph) -> str:
+def _stand_in(path: Path, graph: Graph) -> str:
     """The path; for a model trained in the run the model that it starts from, and for other artifacts the kind of their
     stage."""
     origin = origin_of(path, graph)

@@ -282,7 +282,7 @@ def simulate(
         order: the stages, the most urgent first (`scheduling.start_order`).
         cluster: the cluster that they are placed on.
         predictions: predictions by stage.
-        surroundings: streaming, driver costs and contention.
+        conditions: streaming, driver costs and contention.
         bound: let stages without a prediction take no time, which makes the result a lower bound.
 
     Raises:
@@ -290,7 +290,7 @@ def simulate(
     """
     unknown = tuple(node.name for node in order if node.name not in predictions)
     if unknown and not bound:
-        raise UserError(f"how long the run takes cannot be said: {describe_unknown(unknown)}")
+        raise UserError(f"the time of the run cannot be predicted: {describe_unknown(unknown)}")
     works = {name: StageWork(0.0) for name in unknown}
     for name, one in predictions.items():
         demand = conditions.demands.get(name, 0.0)
@@ -320,9 +320,8 @@ def describe_unknown(unknown: Sequence[str]) -> str:
     """A message that names the stages without a prediction, and says what to do about it."""
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     return (
-        f"nothing is known of what {', '.join(unknown[:SHOWN])}{more} take{'s' * (len(unknown) == 1)}. Run the stage "
-        "once (every run leaves what its stages took), or give its model's shape and its data, of which an estimate "
-        "can be made."
+        f"there is no prediction for {', '.join(unknown[:SHOWN])}{more}. Run the stage once (every run records the "
+        "times of its stages), or provide its model's config.json and its data, so that it can be estimated."
     )
 
 

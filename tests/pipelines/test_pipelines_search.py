@@ -435,7 +435,7 @@ class Forgetful(Scaling):
 @pytest.mark.parametrize("role", ["reference", "experience"])
 def test_a_stage_of_unknown_cost_is_named_and_not_counted_as_nothing(tmp_path: Path, role: str) -> None:
     setting = replace(large(tmp_path, 4), predictor=Forgetful(role))
-    with pytest.raises(UserError, match=rf"nothing is known of what iteration-00\d/{role}"):
+    with pytest.raises(UserError, match=rf"there is no prediction for iteration-00\d/{role}"):
         search_plan(setting)
 
 
@@ -491,8 +491,8 @@ def test_a_plan_is_adopted_only_if_it_is_better_by_more_than_the_error(tmp_path:
     assert unsure.found is not None
     assert sure.found.section == unsure.found.section
     assert (sure.name, unsure.name) == ("found", "flattening")
-    assert "it is expected to take" in sure.reason
-    assert "95% are asked for" in unsure.reason
+    assert "it is expected to be" in sure.reason
+    assert "95% are required" in unsure.reason
     guessed = search_plan(replace(setting, predictor=Guessed()), seed=1)
     assert guessed.name == "cautious", "a layout that nobody has run has to promise more than other pools"
     assert guessed.cautious is not None

@@ -70,8 +70,8 @@ def test_another_plan_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
     setting = large(tmp_path, 4)
     view, section = run_search(setting, seed=0, seconds=60, take="interleaving")
     assert (view.chosen, section.strategy) == ("interleaving", "interleaving")
-    assert "it was asked for; the search would take" in view.reason
-    with pytest.raises(UserError, match="--take is async, which is no plan that can be: async is for runs with a lag"):
+    assert "requested with --take; the search would adopt" in view.reason
+    with pytest.raises(UserError, match="--take is async, which is not a possible plan: async is for runs with a lag"):
         run_search(setting, seed=0, seconds=60, take="async")
 
 

@@ -116,7 +116,9 @@ def test_what_nobody_knows_is_refused_or_a_bound_that_says_so(shared_smallest: P
     config, cluster, graph = planned(shared_smallest, "flattening")
     known = {name: one for name, one in predict_all(graph, Known()).items() if not name.endswith("/training")}
     order = start_order(graph, config)
-    with pytest.raises(UserError, match="nothing is known of what setup/reward-model/training, iteration-001/training"):
+    with pytest.raises(
+        UserError, match="there is no prediction for setup/reward-model/training, iteration-001/training"
+    ):
         simulate(order, cluster, known)
     bound = simulate(order, cluster, known, bound=True)
     assert bound.unknown == ("setup/reward-model/training", "iteration-001/training", "iteration-002/training")
@@ -328,7 +330,7 @@ def test_it_is_said_in_words_with_cost_and_bottleneck_and_what_is_not_known(shar
     known = {name: one for name, one in found.predictions.items() if not name.endswith("training")}
     bound = view_simulation(simulate(found.order, cluster, known, bound=True), graph, config)
     said = "\n".join(in_sentences(bound))
-    assert said.startswith("All times are lower bounds: nothing is known of what setup/reward-model/training")
+    assert said.startswith("All times are lower bounds: there is no prediction for setup/reward-model/training")
     assert "at least 3.33 min in all" in said
 
 

@@ -40,7 +40,8 @@ FIRST_SECONDS = 0.3
 """Minimum compute time of a stage with a model: its first passes, small files. From the CPU seconds of the quickstart's
 reward model for 256 to 3072 answers (`pipeline profile list RUN --json`)."""
 LIGHT_SECONDS, ROW_SECONDS = 0.2, 3e-5
-"""Compute time of a light stage, in total and per row, from those of the quickstart's rules for 256 to 6144 answers."""
+"""Compute time of a light stage: a fixed part, and a part per row; from those of the quickstart's rules for 256 to 6144
+answers."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def matrices(size: Size) -> int:
 
 
 def forward_operations(size: Size, tokens: int, length: int, logits: int) -> float:
-    """Operations of a forward pass: 2 M for each token, 2 V h for each position with logits, and 4 q for each layer,
-    token and token that it looks back on, half of `length` in the mean (Kaplan et al. 2020, arXiv 2001.08361)."""
+    """Operations of a forward pass: 2 M for each token, 2 V h for each position with logits, and 4 q for each layer and
+    pair of tokens that attend to each other; a token attends to `length` / 2 on average (Kaplan et al. 2020, arXiv
+    2001.08361)."""
     attention = 4 * size.layers * size.query_width * tokens * (length / 2)
     return 2.0 * matrices(size) * tokens + 2.0 * size.vocabulary * size.hidden * logits + attention
 

@@ -392,7 +392,7 @@ def _processes(one: StageFeatures | Profile) -> int:
 
 
 def _same_loading(features: StageFeatures, rows: Sequence[Profile]) -> list[Profile]:
-    """The profiles that loaded their model or engine, or reused it, as the task will. If there are none, those that
+    """The profiles that loaded their model or engine, or reused it, as this stage will. If there are none, those that
     were expected to: not every engine can be given other weights."""
     found = [row for row in rows if row.loaded == features.loaded]
     return found or [row for row in rows if row.expected == features.loaded]

@@ -46,7 +46,7 @@ class SearchResult:
     cautious: ExpectedRun | None
     """The best plan that uses only layouts of earlier runs or of the strategies."""
     errors: Mapping[str, float]
-    """One standard deviation in seconds of each of them, and of "found" and "cautious"."""
+    """One standard deviation in seconds of the time of each strategy, and of "found" and "cautious"."""
     comparison: PlanComparison | None
     """The found plan compared with the best fixed strategy."""
     adopted: ExpectedRun
@@ -146,10 +146,10 @@ def adopt(result: SearchResult, name: str) -> SearchResult:
     plans = plans_of(result.fixed, result.found, result.cautious)
     if name not in plans:
         why = f": {result.impossible[name]}" if name in result.impossible else ""
-        raise UserError(f"--take is {name}, which is no plan that can be{why}. Known: {', '.join(plans)}.")
+        raise UserError(f"--take is {name}, which is not a possible plan{why}. Known: {', '.join(plans)}.")
     if name == result.name:
         return result
-    reason = f"it was asked for; the search would take {result.name}: {result.reason}"
+    reason = f"requested with --take; the search would adopt {result.name}: {result.reason}"
     return replace(result, adopted=plans[name], name=name, reason=reason)
 
 
@@ -202,7 +202,7 @@ def _require_known(table: PlanTable) -> None:
     if missing:
         raise UserError(
             f"plans cannot be compared: {UnknownCostError(missing)} A stage of unknown cost is not counted as "
-            "nothing. `pipeline profile CONFIG` runs such stages in small."
+            "zero. `pipeline profile CONFIG` runs such stages on a small scale."
         )
 
 
@@ -225,15 +225,15 @@ def _choice(
     if best is None:
         return FOUND, "none of the fixed strategies is possible"
     if comparison is not None and comparison.is_sure:
-        return FOUND, f"{_less(comparison, best)}, and is the faster one {_draws_won(comparison)}"
+        return FOUND, f"{_less(comparison, best)}, and is faster {_draws_won(comparison)}"
     if comparison is None:
-        reason = "the search has found no plan"
+        reason = "the search found no plan"
     elif comparison.gain <= 0:
-        reason = f"no plan is expected to take less than {best}"
+        reason = f"no plan is expected to be faster than {best}"
     else:
         reason = f"the found plan {_doubted(comparison, best)}"
     if careful is not None and careful.is_sure:
-        return CAUTIOUS, f"{_less(careful, best)}, and is the faster one {_draws_won(careful)}; {reason}"
+        return CAUTIOUS, f"{_less(careful, best)}, and is faster {_draws_won(careful)}; {reason}"
     if over_own is None or best == own or over_own.is_sure:
         return best, reason
     if over_own.gain > 0:
@@ -243,19 +243,19 @@ def _choice(
 
 def _less(comparison: PlanComparison, than: str) -> str:
     gain, error = format_duration(comparison.gain), format_duration(comparison.error)
-    return f"it is expected to take {gain} less than {than}, ± {error}"
+    return f"it is expected to be {gain} faster than {than}, ± {error}"
 
 
 def _doubted(comparison: PlanComparison, than: str) -> str:
     gain, error = format_duration(comparison.gain), format_duration(comparison.error)
     return (
-        f"is expected to take {gain} less than {than}, but the predictions may be wrong by ± {error}: it is the faster "
-        f"one {_draws_won(comparison)}, and {CONFIDENCE:.0%} are asked for"
+        f"is expected to be {gain} faster than {than}, but the predictions may be wrong by ± {error}: it is faster "
+        f"{_draws_won(comparison)}, and {CONFIDENCE:.0%} are required"
     )
 
 
 def _draws_won(comparison: PlanComparison) -> str:
-    return f"in {comparison.chance:.0%} of the draws of the predictions' errors"
+    return f"in {comparison.chance:.0%} of the draws of prediction errors"
 
 
 def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:

@@ -28,9 +28,9 @@ FEW_DEVICES = 16
 MICRO_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of the micro-batch that are tried, relative to the config's."""
 BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
-    "the model's layers or heads cannot be divided so",
-    "no room in memory",
-    "what they would take is not known",
+    "the model's layers or heads cannot be divided this way",
+    "not enough memory",
+    "their time is not known",
     "more processes than devices",
     "other settings or the number of devices do not allow it",
 )
