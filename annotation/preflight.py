@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from annotation.config import CheckpointEvaluationConfig
 from annotation.pairing.config import PairsConfig
 from annotation.scorers.base import ScoreConfig
+from contracts.callable_check import Call, mistake_in
 from contracts.preflight import Finding, Inspected
-from contracts.trial import Call, mistake_in
 
 
 def check_scorer(stage: Inspected) -> Iterator[Finding]:

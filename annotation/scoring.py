@@ -13,7 +13,7 @@ import msgspec
 from annotation.samples import Sample, Scorer, prompt_in_words
 from annotation.scorers.base import Opening, RewardScorerSettings, ScoreConfig
 from annotation.source_place import source_place
-from contracts import surroundings
+from contracts import entrypoint
 from contracts.artifacts import Artifact, model_fingerprint
 from contracts.declaration import load
 from contracts.errors import UserError
@@ -52,9 +52,9 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
         opening = Opening(
             context.publication.state, lambda: all_samples() if rollouts.whole else math.inf, lambda: shard
         )
-        surroundings.importing()  # for models, the scorer's imports are most of the stage's
+        entrypoint.importing()  # for models, the scorer's imports are most of the stage's
         scorer: Scorer = load(config.opened_by)(config, opening)
-        surroundings.imported()
+        entrypoint.imported()
         opened.callback(getattr(scorer, "close", _nothing))
         seconds = {"load": time.perf_counter() - start}
 

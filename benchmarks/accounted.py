@@ -53,7 +53,7 @@ def parts_of(record: dict[str, Any]) -> Parts:
     for name, spent in record["processes"]:
         if name.startswith("reader "):
             found[name] += spent
-        elif "contracts.trial" in name:
+        elif "contracts.callable_check" in name:
             found["checks of functions"] += spent
         elif name in OF_READERS:
             found[f"left by a reader: {name}"] += spent
@@ -135,16 +135,16 @@ def main() -> None:
     path = Path(sys.argv.pop(1))
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     watch()
-    from contracts import surroundings
+    from contracts import entrypoint
     from pipelines import __main__ as command
 
-    leave = surroundings.finish
+    leave = entrypoint.finish
 
     def finish(code: int) -> Any:
         path.write_text(json.dumps(record()))
         leave(code)
 
-    surroundings.finish = finish  # type: ignore[assignment]
+    entrypoint.finish = finish  # type: ignore[assignment]
     command.start()
 
 

@@ -12,9 +12,9 @@ from benchmarks.workload import Shape
 def main(path: str) -> None:
     """Score the cases in turn until no more units are requested."""
     side = Side()
-    from contracts import surroundings
+    from contracts import entrypoint
 
-    surroundings.importing()  # like a stage's process
+    entrypoint.importing()  # like a stage's process
     from annotation.models.loading import open_model
     from annotation.models.reward_model import RewardModel
     from annotation.scorers import score_config
@@ -35,7 +35,7 @@ def main(path: str) -> None:
     config = score_config(output=folder / "scores", rollouts=folder / next(iter(cases)), **keys)
     assert isinstance(config, ModelScoreConfig)
     open_model(config, Opening(folder, lambda: 0))  # stays loaded for the stages of this process
-    surroundings.imported()
+    entrypoint.imported()
     setattr(RewardModel, "__call__", side.timed("scoring", RewardModel.__call__))  # noqa: B010 (a method, for mypy)
     side.ready(start_cpu_seconds=cpu_seconds() - published)
     turn = 0

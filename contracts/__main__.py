@@ -5,10 +5,10 @@ import sys
 
 # Ratchet's packages take precedence over modules of the same name in the working directory.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from contracts import surroundings
+from contracts import entrypoint
 
 if __name__ == "__main__":
-    surroundings.prepare()
+    entrypoint.prepare()
 
 from contracts.declaration import stages_of
 from contracts.stage import main

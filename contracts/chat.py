@@ -386,7 +386,7 @@ class ChatTokenizer:
 
     def _refuse_rendered(self, messages: Sequence[Message], what: str) -> None:
         """Raise UserError if a user's turn is a conversation that was already rendered with this template."""
-        openings, ends = self._surroundings
+        openings, ends = self._affixes
         if not openings or not ends:
             return
         for message in messages:
@@ -401,7 +401,7 @@ class ChatTokenizer:
                     )
 
     @functools.cached_property
-    def _surroundings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _affixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The first words of rendered conversations, and the texts that follow a user's last turn."""
         openings: set[str] = set()
         ends: set[str] = set()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from contracts import surroundings
+from contracts import entrypoint
 from contracts.config import variant
 from contracts.declaration import load, stages_of
 from contracts.errors import TransientError, UserError, as_user_error
@@ -40,7 +40,10 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """A conversation from the user's data, picked to cover what the run will render; see `contracts.sampling`."""
+    """A conversation from the user's data; together they cover all kinds that the run will render.
+
+    `contracts.conversation_samples` picks them.
+    """
 
     place: str
     """File and line, for messages: "prompts.jsonl, line 3"."""
@@ -135,7 +138,7 @@ def examine(request: PreflightRequest) -> PreflightReport:
 
 def serve() -> None:
     """Answer the request on standard input; output of libraries goes to stderr."""
-    surroundings.prepare()
+    entrypoint.prepare()
     with contextlib.redirect_stdout(sys.stderr):
         report = examine(msgspec.json.decode(sys.stdin.buffer.read(), type=PreflightRequest))
     print(json.dumps(msgspec.to_builtins(report)))
@@ -153,4 +156,4 @@ def refuse(findings: list[Finding]) -> None:
 
 if __name__ == "__main__":
     serve()
-    surroundings.finish(0)
+    entrypoint.finish(0)

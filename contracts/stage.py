@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
-from contracts import stopping, surroundings
+from contracts import entrypoint, stopping
 from contracts.artifacts import Artifact, input_damage, input_digest, is_published
 from contracts.attempt import ATTEMPT, ROLE, fail, report_metrics, report_progress, supervised
 from contracts.config import Parser, Role, StageConfig, apply_overrides, describe, read_yaml, validate
@@ -154,13 +154,13 @@ def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = N
         stage, config = _parse(stages, package, sys.argv[1:] if argv is None else argv)
         run_stage(stage, config)
     except (Exception, KeyboardInterrupt, stopping.Stopped) as error:
-        gone = isinstance(error, BrokenPipeError) and surroundings.output_is_closed()
-        code = surroundings.PIPE_GONE if gone else fail(stopping.as_stop(error))
+        gone = isinstance(error, BrokenPipeError) and entrypoint.output_is_closed()
+        code = entrypoint.PIPE_GONE if gone else fail(stopping.as_stop(error))
     except SystemExit as end:  # from argparse, or from a launcher whose processes have reported why they failed
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    surroundings.finish(code)
+    entrypoint.finish(code)
 
 
 def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
@@ -217,7 +217,7 @@ def run_stage(stage: Stage[Any], config: StageConfig) -> Artifact | None:
     try:
         with context.timed("import"):
             run = load(stage.run)
-        surroundings.imported()
+        entrypoint.imported()
         outcome: Outcome = run(config, context)
         if check is None:
             return None

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts import resident, surroundings
+from contracts import entrypoint, resident
 from contracts.processes import die_with_parent, group_exists, outlive_parent, wait_until
 from contracts.versions import source_version
 
@@ -345,7 +345,7 @@ if __name__ == "__main__":
     asked, the_channel = _Server(sys.argv[1], int(sys.argv[2]), sys.argv[3:]).serve()
     if the_channel is not None:
         resident.allow()
-        surroundings.stays = True
+        entrypoint.runs_many_stages = True
     while (ended_with := _run(asked)) in (0, None) and the_channel is not None and resident.any_held():
         asked = _next(the_channel)
     sys.exit(ended_with)

@@ -4,8 +4,8 @@ import argparse
 import sys
 import traceback
 
+from contracts.entrypoint import INTERRUPTED, PIPE_GONE, output_is_closed, print_error
 from contracts.errors import RunStoppedError, UserError, as_user_error
-from contracts.surroundings import INTERRUPTED, PIPE_GONE, complain, output_is_closed
 from pipelines.commands import keeping, pairing, planning, preparing, profiling, reading, running, scoring, weights
 from pipelines.commands.declaring import PARSER, STYLE
 from pipelines.environments.locked import InstallError
@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> int:
         STYLE.plain, STYLE.quiet = getattr(options, "plain", False), getattr(options, "quiet", False)
         return int(options.command(options) or 0)
     except (InstallError, StageFailedError, DamageError) as error:
-        complain(f"error: {error}")
+        print_error(f"error: {error}")
         return error.exit_code
     except RunStoppedError as stop:
-        complain(f"stopped: {stop}")
+        print_error(f"stopped: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        complain("interrupted; the same command continues.")
+        print_error("interrupted; the same command continues.")
         return INTERRUPTED
     except BrokenPipeError:
         if output_is_closed():
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if mistake is None:
             traceback.print_exc()
             return 1
-        complain(f"error: {mistake}")
+        print_error(f"error: {mistake}")
         return UserError.exit_code
 
 

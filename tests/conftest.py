@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from contracts import stopping
-from contracts.surroundings import THRESHOLD_OF_IMPORTS, imported
+from contracts.entrypoint import IMPORT_GC_THRESHOLD, imported
 
 # One thread per process, before anything imports torch: the tests share few cores, and results on a CPU depend on the
 # number of threads.
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RATCHET_PROFILES", "off")  # fake stages must not add to the profiles
 
-gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # until the tests are collected
+gc.set_threshold(*IMPORT_GC_THRESHOLD)  # until the tests are collected
 
 # Every run uses the same examples, so that an unrelated change cannot fail by chance. `--hypothesis-profile=default`
 # tries new examples. No example fails because the machine is slow.

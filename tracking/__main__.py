@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts import surroundings
+from contracts import entrypoint
 from contracts.files import write_atomically
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
@@ -31,7 +31,7 @@ the first interval, because wandb's own process wakes up ten times a second whil
 
 def main() -> int:
     """Send metrics until stdin ends. Returns the exit code."""
-    surroundings.importing()
+    entrypoint.importing()
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrackingTask)
     run = TrackedRun(task.run_id, task.name, Path(task.directory), task.config)
     module = import_module(f"tracking.{task.tracker}_tracker")
@@ -43,7 +43,7 @@ def main() -> int:
             seconds = OFFLINE_SECONDS
             ended.wait(seconds)
         tracker: Tracker = getattr(module, f"{task.tracker.capitalize()}Tracker")(run, task.settings)
-        surroundings.imported()
+        entrypoint.imported()
         offset = follow(run.directory / METRICS, tracker, ended, seconds)
         tracker.close()
         write_atomically(sent_file(run.directory, task.tracker), str(offset).encode())

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from contracts.config import describe
+from contracts.entrypoint import INTERRUPTED
 from contracts.errors import RunStoppedError, UserError
 from contracts.manifest import MANIFEST
 from contracts.preflight import refuse
 from contracts.stage import require_space
-from contracts.surroundings import INTERRUPTED
 from pipelines.commands.declaring import (
     CONFIG,
     ITERATIONS,

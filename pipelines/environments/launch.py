@@ -13,8 +13,8 @@ from typing import Literal, NoReturn, Self
 from pydantic import model_validator
 
 from contracts.config import PlaceText, Section, runtime
+from contracts.entrypoint import USER_PATH, inherited_variables, is_launcher_variable, python_variables
 from contracts.errors import TransientError, UserError
-from contracts.surroundings import USER_PATH, is_launchers, python_variables, without_foreign
 from pipelines.environments.locked import VARIANT, Locked, interpreter, require_known, resolve_variant
 from pipelines.environments.paths import code_path, configs, source_root
 
@@ -82,7 +82,7 @@ class EnvironmentConfig(Section):
                 raise ValueError(f"{name!r} is no name of a variable: only letters, digits and _, and no digit first.")
             if "\0" in value:
                 raise ValueError(f"the value of {name} holds a zero byte, which no variable can.")
-            if is_launchers(name):
+            if is_launcher_variable(name):
                 raise ValueError(f"{name} tells a process its place among others, which Ratchet does. Remove it.")
         if self.conda and self.container:
             raise ValueError("conda and container exclude each other: name one of them.")
@@ -150,7 +150,7 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
 
 def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment of a stage's process: this process's without its interpreter's variables, plus `variables`."""
-    return {**without_foreign(os.environ), **variables}
+    return {**inherited_variables(os.environ), **variables}
 
 
 def _own_python(environment: EnvironmentConfig, name: str) -> str:

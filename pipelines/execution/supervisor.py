@@ -30,6 +30,7 @@ from typing import IO
 import msgspec
 
 from contracts.attempt import ATTEMPT, FAILURES, HEARTBEAT, STALL, reason, report_failure
+from contracts.entrypoint import inherited_variables
 from contracts.errors import TransientError, UserError
 from contracts.files import write_atomically
 from contracts.following import FOLLOW, Producer, announcement
@@ -37,7 +38,6 @@ from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.limits import limit_message_for_signal
 from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
-from contracts.surroundings import without_foreign
 
 RUN = "RATCHET_RUN"
 """Environment variable of every process of a run: the run's directory, by which orphans are found."""
@@ -101,7 +101,7 @@ def supervise(
     folder.mkdir(exist_ok=True)
     for path in [folder / "exit.json", *folder.glob(FAILURES)]:  # left by an interrupted supervisor
         path.unlink(missing_ok=True)
-    environment = {key: value for key, value in without_foreign(os.environ).items() if key not in request.unset}
+    environment = {key: value for key, value in inherited_variables(os.environ).items() if key not in request.unset}
     environment.update(request.environment)
     environment.update(variables or {})
     if request.first_on_path:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from contracts import surroundings
+from contracts import entrypoint
 from contracts.tailing import stdin_closed
 from pipelines.config.sections import HubSection
 from pipelines.run.directory import RunDirectory
@@ -36,7 +36,7 @@ def follow(path: Path) -> None:
 def _follow(run: RunDirectory, section: HubSection) -> None:
     from pipelines.hub.push import Pusher  # imports huggingface_hub
 
-    surroundings.imported()
+    entrypoint.imported()
     ended = stdin_closed()
 
     def patience() -> float:

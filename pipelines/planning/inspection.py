@@ -17,6 +17,7 @@ import msgspec
 
 from annotation.scorers.base import ANSWER_FIX, ScoreConfig
 from contracts.config import Role
+from contracts.conversation_samples import SampledData, SamplingRequest
 from contracts.errors import UserError
 from contracts.files import exists_or_matches, write_atomically
 from contracts.fingerprint import digest
@@ -24,7 +25,6 @@ from contracts.mixture import DrawConfig, shares, too_few_prompts
 from contracts.nested import leaves
 from contracts.preflight import Conversation, Finding, PreflightReport, PreflightRequest, StageRequest
 from contracts.records import Message
-from contracts.sampling import SampledData, SamplingRequest
 from contracts.sources import HUB, hub_parts
 from contracts.versions import source_version
 from pipelines.config.sections import EnvironmentsSection
@@ -210,7 +210,7 @@ def _sample(graph: Graph, environments: EnvironmentsSection) -> SampledData:
     if not requests:
         return SampledData()
     request = SamplingRequest(tuple(requests.values()))
-    return _answer(environments, "annotation", "contracts.sampling", request, SampledData, [])
+    return _answer(environments, "annotation", "contracts.conversation_samples", request, SampledData, [])
 
 
 def _is_in_cache(source: Path) -> bool:

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from contracts.attempt import ATTEMPT
+from contracts.callable_check import Call
 from contracts.callables import as_user_mistake, load_callable, source_file, source_files
 from contracts.errors import UserError
-from contracts.trial import Call
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_trial_whose_asker_was_killed_says_nothing() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     asked = msgspec.json.encode(Call("os:getcwd", (), ()))
-    code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.trial import main; main()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.callable_check import main; main()"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], input=asked, stdout=writer, stderr=subprocess.PIPE, check=False

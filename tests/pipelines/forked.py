@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from contracts.surroundings import finish
+from contracts.entrypoint import finish
 
 
 def run_forked(

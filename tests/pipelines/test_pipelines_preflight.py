@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.sampling import SamplingRequest, sample
+from contracts.conversation_samples import SamplingRequest, sample
 from pipelines.config.load import load_run_config
 from pipelines.iteration import build_graph
 from pipelines.main import main

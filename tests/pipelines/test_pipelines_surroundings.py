@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pipelines_smallest import COMMAND
 
-from contracts.surroundings import without_foreign
+from contracts.entrypoint import inherited_variables
 from pipelines.config.load import load_run_config
 from pipelines.environments.launch import EnvironmentConfig, launch_command, stage_environment
 from pipelines.execution.endings import ending_of, progress_of
@@ -145,7 +145,7 @@ def test_the_drivers_stages_have_clean_surroundings(place: Path, monkeypatch: py
     assert not set(hostile) - {"PYTHONPATH"} & set(given)
     assert (given["PYTHONPATH"], given["MINE"]) == (str(ROOT), "1")
     assert given["RATCHET_PYTHONPATH"].split(os.pathsep)[-1] == str(place / "mine")
-    assert without_foreign({"SLURM_JOB_ID": "7", "HOME": "/"}) == {"SLURM_JOB_ID": "7", "HOME": "/"}
+    assert inherited_variables({"SLURM_JOB_ID": "7", "HOME": "/"}) == {"SLURM_JOB_ID": "7", "HOME": "/"}
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
     if program == "pipelines":
         lines[1] = "sys.argv = ['', 'run', '--help']"
     lines += [
-        "from contracts import surroundings",
-        "prepare = surroundings.prepare",
+        "from contracts import entrypoint",
+        "prepare = entrypoint.prepare",
         "def begin(**options):",
         "    prepare(**options)",
         "    os.close(os.open('begun', os.O_WRONLY))",
-        "surroundings.prepare = begin",
+        "entrypoint.prepare = begin",
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=False)",
     ]
     process = subprocess.Popen(

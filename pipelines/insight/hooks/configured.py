@@ -4,8 +4,8 @@ import concurrent.futures
 from collections.abc import Iterator
 from pathlib import Path
 
+from contracts.callable_check import Call, mistake_in
 from contracts.errors import UserError
-from contracts.trial import Call, mistake_in
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph
 from pipelines.insight.hooks.task import EvaluatedPolicy, Progress

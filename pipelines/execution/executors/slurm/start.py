@@ -12,9 +12,9 @@ PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-    from contracts.surroundings import THRESHOLD_OF_IMPORTS
+    from contracts.entrypoint import IMPORT_GC_THRESHOLD
 
-    gc.set_threshold(*THRESHOLD_OF_IMPORTS)  # never reset: a job's own work is light, and much of it is imported late
+    gc.set_threshold(*IMPORT_GC_THRESHOLD)  # never reset: a job's own work is light, and much of it is imported late
     from submitit.core.submission import submitit_main
 
     try:

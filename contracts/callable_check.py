@@ -43,7 +43,7 @@ def mistake_in(call: Call, seconds: float = IMPORT_SECONDS) -> str | None:
     except UserError as error:
         return str(error)
     # With the module search path of this process, because a user's files may be named like libraries.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.trial import main; main()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from contracts.callable_check import main; main()"
     try:
         result = subprocess.run(
             [sys.executable, "-c", code],

@@ -33,7 +33,7 @@ PYTHON_KEPT = (
     "PYTHONUNBUFFERED",
 )
 """Python's variables that affect neither imports nor results nor exit messages."""
-LAUNCHED = (
+RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -56,7 +56,7 @@ LAUNCHED = (
 )
 """Variables (and prefixes, which end with an underscore) by which launchers set a process's rank."""
 FOREIGN = (
-    *LAUNCHED,
+    *RANK_VARIABLES,
     "NODE_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -81,17 +81,17 @@ FOREIGN = (
     "SLURM_PMIX_",
 )
 """Further variables of launchers; the driver removes all of these from its stages' environments."""
-EVIDENCE = (
+LAUNCHER_RANKS = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
 """Rank and world size as set by srun and mpirun."""
-THRESHOLD = gc.get_threshold()
+GC_THRESHOLD = gc.get_threshold()
 """Python's default thresholds of garbage collection."""
-THRESHOLD_OF_IMPORTS = (200_000, 10, 10)
+IMPORT_GC_THRESHOLD = (200_000, 10, 10)
 """Thresholds during imports: the objects of libraries stay, and collecting among them takes a sixth of the time."""
-stays = False
+runs_many_stages = False
 """Whether this process runs one stage after another, so that the garbage of the previous stage must be collected."""
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_GONE = 128 + signal.SIGPIPE
@@ -110,10 +110,10 @@ def prepare(*, stage: bool = True) -> None:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)  # until the command installs its own handler
     open_closed_streams()
-    sys.excepthook = _say_why
+    sys.excepthook = _excepthook
     importing()
     raise_open_files()
-    show_anything()
+    replace_unencodable()
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -125,14 +125,14 @@ def prepare(*, stage: bool = True) -> None:
 
 def importing() -> None:
     """Collect garbage rarely, until `imported` is called."""
-    gc.set_threshold(*THRESHOLD_OF_IMPORTS)
+    gc.set_threshold(*IMPORT_GC_THRESHOLD)
 
 
 def imported() -> None:
     """Return to Python's default garbage collection, but exempt the imported objects."""
-    if not stays:
+    if not runs_many_stages:
         gc.freeze()
-    gc.set_threshold(*THRESHOLD)
+    gc.set_threshold(*GC_THRESHOLD)
 
 
 def open_closed_streams() -> None:
@@ -149,7 +149,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error to stderr if possible: the terminal may be closed by now, or the disk of its file full."""
     try:
         print(message, file=sys.stderr, flush=True)
@@ -157,7 +157,7 @@ def complain(message: str) -> None:
         return
 
 
-def show_anything() -> None:
+def replace_unencodable() -> None:
     """Replace characters that the terminal's encoding cannot express, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -171,12 +171,12 @@ def is_foreign(name: str) -> bool:
     return _is_one_of(name, FOREIGN)
 
 
-def is_launchers(name: str) -> bool:
+def is_launcher_variable(name: str) -> bool:
     """Whether launchers use this variable for ranks or for the rendezvous."""
-    return _is_one_of(name, LAUNCHED) or name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return _is_one_of(name, RANK_VARIABLES) or name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
+def inherited_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that the driver's stages inherit: all but those of launchers and of Python.
 
     An unusable TMPDIR is removed as well: libraries that read it themselves would fail instead of falling back to /tmp.
@@ -235,7 +235,7 @@ def _check_launcher() -> None:
                 "(torchrun, accelerate launch, deepspeed, or srun or mpirun with the same numbers). Run "
                 "`unset RANK WORLD_SIZE LOCAL_RANK` first, or start it with the launcher."
             )
-        for name in [name for name in os.environ if _is_one_of(name, LAUNCHED)]:
+        for name in [name for name in os.environ if _is_one_of(name, RANK_VARIABLES)]:
             del os.environ[name]
         return
     if not (rank and size and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
@@ -252,7 +252,7 @@ def _has_launcher() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # torchrun and accelerate; deepspeed
         return True
     told = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
-    return any((os.environ.get(rank), os.environ.get(size)) == told for rank, size in EVIDENCE)
+    return any((os.environ.get(rank), os.environ.get(size)) == told for rank, size in LAUNCHER_RANKS)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -260,7 +260,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def _say_why(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _excepthook(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The excepthook for errors outside of the command's own error handling."""
     if issubclass(error_type, KeyboardInterrupt):
         os._exit(INTERRUPTED)
@@ -288,7 +288,7 @@ def output_is_closed() -> bool:
 def finish(code: int) -> NoReturn:
     """Exit without messages of Python's; with 141, as shells report SIGPIPE, if standard output is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not stays:
+    if not runs_many_stages:
         gc.freeze()  # otherwise the final collection spends most of a second on torch's objects
     for stream in (sys.stdout, sys.stderr):
         try:

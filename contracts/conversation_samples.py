@@ -1,4 +1,4 @@
-"""`python -m contracts.sampling`: picks a few conversations of every kind that occurs in the user's data.
+"""`python -m contracts.conversation_samples`: picks a few conversations of every kind that occurs in the user's data.
 
 Preflight renders them with every model that will read the data. All rows of a source are read, up to `ROWS`, so that a
 role, a tool or a kind of turn that occurs once in a thousand rows is found before the run instead of during it.
