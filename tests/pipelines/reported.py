@@ -14,7 +14,7 @@ from contracts.records import Rollout, Score
 from pipelines.commands.declaring import open_run
 from pipelines.insight.report.data import RunReport
 from pipelines.insight.report.gather import gather
-from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.main import main
 
 Length = Callable[[int, int], int]
@@ -88,7 +88,7 @@ class ReportedRun(HandmadeRun):
 
 def gathered(path: Path) -> RunReport:
     """The report of a run."""
-    return gather(*open_run(path), Keep())
+    return gather(*open_run(path), SampleCache())
 
 
 def answers(report: RunReport) -> dict[str, str]:

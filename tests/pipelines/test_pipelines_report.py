@@ -17,12 +17,12 @@ from contracts.artifacts import Artifact
 from contracts.manifest import read_manifest, with_checksum
 from contracts.records import CHECKPOINT_EVALUATION, Pair, Rollout, Score
 from pipelines.commands.declaring import open_run
-from pipelines.insight.report import keep as keep_module
 from pipelines.insight.report import page as page_module
+from pipelines.insight.report import sample_cache as cache_module
 from pipelines.insight.report.command import write_report
 from pipelines.insight.report.data import LedgerLine
 from pipelines.insight.report.gather import BEFORE_SELECTION, gather, roles_of
-from pipelines.insight.report.keep import Keep
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.insight.report.statements import dropped_statement
 from pipelines.insight.report.vocabulary import Vocabulary
 from pipelines.main import main
@@ -198,12 +198,12 @@ def test_figures_are_those_of_the_artifacts(reported_run: ReportedRun) -> None:
 
 def test_chunks_hold_every_answer(reported_run: ReportedRun) -> None:
     """What the browser of samples shows is what was published, token by token."""
-    keep = Keep()
-    report = gather(*open_run(reported_run.path), keep)
+    cache = SampleCache()
+    report = gather(*open_run(reported_run.path), cache)
     for found in report.sets:
         assert len(found.chunks) == 1
-        groups = unpacked(keep.chunk(f"{found.key}-0"))
-        _, tokens = unpacked(keep.chunk(f"{found.key}-0t"))
+        groups = unpacked(cache.chunk(f"{found.key}-0"))
+        _, tokens = unpacked(cache.chunk(f"{found.key}-0t"))
         rows = list(Artifact.open(reported_run.path / found.name).rows(Rollout))
         assert [group[0] for group in groups] == found.columns.prompt == [row.prompt_id for row in rows]
         for row, group, per_answer in zip(rows, groups, tokens, strict=True):
@@ -319,8 +319,8 @@ def test_samples_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """A later report reads only the answers that are new since."""
     page_of(run)
     read: list[str] = []
-    real = keep_module.read_set
-    monkeypatch.setattr(keep_module, "read_set", lambda sources: (read.append(sources.name), real(sources))[1])
+    real = cache_module.read_set
+    monkeypatch.setattr(cache_module, "read_set", lambda sources: (read.append(sources.name), real(sources))[1])
     page_of(run)
     assert read == []
     (run / "report.samples" / f"{gathered(run).sets[0].key}-0.js").unlink()

@@ -16,8 +16,8 @@ from reported import ReportedRun, answers, gathered, page_of
 
 from pipelines.commands.declaring import open_run
 from pipelines.insight.report.gather import gather
-from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.insight.report.tables import gantt
 from pipelines.main import main
 from pipelines.run.directory import RunDirectory
@@ -220,8 +220,8 @@ def test_hundred_thousand_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_page_of_a_long_run_is_bounded(reported_run: ReportedRun) -> None:
     """Three hundred iterations: the page has the latest of everything, and says what it leaves out."""
-    keep = Keep()
-    report = gather(*open_run(reported_run.path), keep)
+    cache = SampleCache()
+    report = gather(*open_run(reported_run.path), cache)
     columns = msgspec.structs.replace(report.sets[3].columns)
     count = 1200
     for name in columns.__struct_fields__:
@@ -240,7 +240,7 @@ def test_page_of_a_long_run_is_bounded(reported_run: ReportedRun) -> None:
         msgspec.structs.replace(one, iteration=number) for number in numbers for one in report.ledgers[-9:]
     ]
     report.evaluations = [{**report.evaluations[-1], "iteration": number} for number in numbers]
-    text, others = render_page(report, keep, "beside", live=1)
+    text, others = render_page(report, cache, "beside", live=1)
     assert len(text) < 5_000_000
     assert 0 < len(others) < 600
     assert "The latest 600 of 3600" in text

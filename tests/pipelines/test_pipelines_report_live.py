@@ -111,7 +111,7 @@ def test_view(served: tuple[Path, int]) -> None:
 
 def test_view_sees_what_happens(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new event makes a new version, where it changes what the report says."""
-    monkeypatch.setattr(view, "SECONDS", -1.0)
+    monkeypatch.setattr(view, "POLL_SECONDS", -1.0)
     live = LiveReport(lambda: open_run(run))
     assert live.renew() == 1
     assert live.renew() == 1

@@ -105,7 +105,7 @@ def test_texts_are_shown_and_not_executed(browser: Browser, address: str) -> Non
     assert '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2">' in shown
     assert "⟨001B⟩[31m⟨202E⟩abc⟨0007⟩" in shown
     assert "[bold]" in browser.run("document.querySelector('.prompts a').innerText")
-    told = text_of(browser, ".detail article.answer .told")
+    told = text_of(browser, ".detail article.answer .scorer-details")
     assert told.startswith(("reward half\n0.5", "reward half\n\n0.5")), told
     assert "reward why" in told
     assert 'onerror="window.hacked=2">⟨001B⟩[31m⟨202E⟩abc⟨0007⟩ because' in told

@@ -8,9 +8,9 @@ from contracts.errors import UserError
 from contracts.files import write_atomically
 from pipelines.graph import Graph
 from pipelines.insight.report.gather import gather
-from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.markdown import render_markdown
 from pipelines.insight.report.page import render_page
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.run.directory import RunDirectory
 from pipelines.text import relative_path
 
@@ -24,7 +24,7 @@ def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown:
         UserError: the page cannot be written there.
     """
     if as_markdown or as_json:
-        found = gather(run, graph, Keep())
+        found = gather(run, graph, SampleCache())
         text = (
             msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
             if as_json
@@ -48,13 +48,13 @@ def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:
         The names of the chunks in the folder that the page loads.
     """
     folder = folder_of_page(page)
-    keep = Keep(folder)
-    found = gather(run, graph, keep)
-    text, others = render_page(found, keep, folder.name)
+    cache = SampleCache(folder)
+    found = gather(run, graph, cache)
+    text, others = render_page(found, cache, folder.name)
     write_atomically(page, text.encode(), durable=False)
     if page == run.path / PAGE:
         write_atomically(page.with_suffix(".md"), render_markdown(found).encode(), durable=False)
-    keep.forget(found.sets)
+    cache.prune(found.sets)
     return others
 
 

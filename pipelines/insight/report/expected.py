@@ -8,10 +8,10 @@ from pipelines.config.run import RunConfig
 from pipelines.insight.report.data import ExpectedLine, RunReport, StageRow, Statement
 from pipelines.planning.search.plan_file import digest_of
 
-DRIFTS = 2.0
+DRIFT_ERRORS = 2.0
 """Multiple of the stated error (one standard deviation) beyond which durations count as drifted."""
-NAMED = 3
-STANDS_ON = {
+MAX_NAMED = 3
+BASES = {
     "measured": "runs of similar stages",
     "scaled": "runs of other sizes or layouts",
     "analytic": "data sheets alone",
@@ -48,7 +48,7 @@ def expected_lines(config: RunConfig, rows: Sequence[StageRow]) -> list[Expected
 
 def has_drifted(line: ExpectedLine) -> bool:
     """Whether the mean duration differs from the plan's expectation by more than twice the stated error."""
-    return abs(line.measured / line.predicted - 1) > DRIFTS * line.error if line.predicted else False
+    return abs(line.measured / line.predicted - 1) > DRIFT_ERRORS * line.error if line.predicted else False
 
 
 def plan_statement(report: RunReport, config: RunConfig) -> list[Statement]:
@@ -72,8 +72,8 @@ def plan_statement(report: RunReport, config: RunConfig) -> list[Statement]:
         found.answer = f"{changed} {overall}, none beyond twice its stated error."
     else:
         found.tone = "unclear"
-        found.answer = f"Not all of it. {_told(drifted[0])}"
-        found.details = [_told(line) for line in drifted[1:NAMED]]
+        found.answer = f"Not all of it. {_drift_sentence(drifted[0])}"
+        found.details = [_drift_sentence(line) for line in drifted[1:MAX_NAMED]]
         found.details.append(f"{overall}.")
         found.details.append(f"Search again, by what the stages have taken: {_command(report)}")
         if has_changed:
@@ -81,13 +81,13 @@ def plan_statement(report: RunReport, config: RunConfig) -> list[Statement]:
     return [found]
 
 
-def _told(line: ExpectedLine) -> str:
+def _drift_sentence(line: ExpectedLine) -> str:
     worst = max(range(len(line.ratios)), key=lambda number: abs(line.ratios[number] - 1))
     iteration = line.iterations[worst]
     which = f"Iteration {iteration}'s {line.role}" if iteration is not None else line.role
     return (
         f"{which} took {line.ratios[worst]:.2g}x of what the plan expected with ± {line.error:.0%}, "
-        f"{line.measured / line.predicted:.2g}x on average; the plan knew it by {STANDS_ON[line.basis]}."
+        f"{line.measured / line.predicted:.2g}x on average; the plan knew it by {BASES[line.basis]}."
     )
 
 

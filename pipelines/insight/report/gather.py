@@ -20,9 +20,9 @@ from pipelines.graph import Graph, Node
 from pipelines.insight.event_text import notable_lines, of_current_config
 from pipelines.insight.report.data import LedgerLine, PaidLine, RunReport, SampleSet, StageRow, TrainingCurves
 from pipelines.insight.report.expected import expected_lines, plan_statement
-from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.length import TRAINED_ON
 from pipelines.insight.report.rows import SetSources
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.insight.report.statements import statements
 from pipelines.insight.report.timing import devices_of, note_waits, stage_row, time_facts
 from pipelines.run.directory import RunDirectory
@@ -31,51 +31,51 @@ from pipelines.run.gates import refused, stop_decision
 from pipelines.run.points import latest
 
 Curves: TypeAlias = tuple[list[float], dict[str, list[float | None]]]
-LOG = "training-log.jsonl"
+TRAINING_LOG = "training-log.jsonl"
 SELECTED = (TRAINED_ON, "selected/rollouts", "replay/rollouts")
 """Roles of rollouts that an iteration may train on; it trains on the last of them that it has."""
 BEFORE_SELECTION = "generation, before selection"
 """The role that is shown for the others."""
-MOST_CURVES = 6
+MAX_CURVES = 6
 """Trainings of one role whose curves are shown: the latest ones."""
-MOST_STEPS = 240
+MAX_STEPS = 240
 """Points of a training curve."""
-MOST_LINES = 200
+MAX_LINES = 200
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError)
 """Exceptions of reading damaged files."""
 
 
-def gather(run: RunDirectory, graph: Graph, keep: Keep) -> RunReport:
-    """The data of a run's report; `keep` caches what is read of samples."""
-    return _Gathering(run, graph, keep).report()
+def gather(run: RunDirectory, graph: Graph, cache: SampleCache) -> RunReport:
+    """The data of a run's report; `cache` keeps what is read of samples."""
+    return _Gatherer(run, graph, cache).report()
 
 
-class _Gathering:
-    def __init__(self, run: RunDirectory, graph: Graph, keep: Keep) -> None:
+class _Gatherer:
+    def __init__(self, run: RunDirectory, graph: Graph, cache: SampleCache) -> None:
         self.run = run
         self.graph = graph
-        self.keep = keep
+        self.cache = cache
         self.missing: list[str] = []
         self.artifacts: dict[str, Artifact] = {}
-        self.events: list[Event] = self.told("events.jsonl", run.events, [])
+        self.events: list[Event] = self.try_read("events.jsonl", run.events, [])
         self.by_stage: dict[str, list[StageEvent]] = {}
         for event in self.events:
             if isinstance(event, StageEvent):
                 self.by_stage.setdefault(event.stage, []).append(event)
 
-    def told(self, what: str, read: Any, otherwise: Any) -> Any:
-        """The result of `read`; if it fails to read something, note `what` as missing and return `otherwise`."""
+    def try_read(self, what: str, read: Any, default: Any) -> Any:
+        """The result of `read`; if it fails to read something, note `what` as missing and return `default`."""
         try:
             return read()
         except UNREADABLE as error:
             self.missing.append(f"{what}: {_first_line(error)}")
-            return otherwise
+            return default
 
     def report(self) -> RunReport:
         state = self.state()
         for name, node in self.graph.nodes.items():
             if (node.output / MANIFEST).is_file() and (
-                found := self.told(name, lambda path=node.output: self.keep.artifact(path), None)
+                found := self.try_read(name, lambda path=node.output: self.cache.artifact(path), None)
             ):
                 self.artifacts[name] = found
         waiting = [name for name in self.graph.nodes if name not in self.artifacts]
@@ -89,7 +89,7 @@ class _Gathering:
             made=round(time.time(), 1),
             state=state,
             iterations=max((node.iteration or 0 for node in self.graph.nodes.values()), default=0),
-            notes=notable_lines(of_current_config(self.events, self.run.config))[-MOST_LINES:],
+            notes=notable_lines(of_current_config(self.events, self.run.config))[-MAX_LINES:],
             evaluations=self.evaluations(),
             refused=sorted(refused(self.graph)),
             stopped=(stop.reason or "") if stop is not None else "",
@@ -103,7 +103,7 @@ class _Gathering:
             expected=expected_lines(self.run.config, rows),
             training=list(self.training()),
             facts=list(self.facts()),
-            config=self.told(
+            config=self.try_read(
                 "config.resolved.yaml", lambda: (self.run.path / "config.resolved.yaml").read_text("utf-8"), ""
             ),
             config_of=self.run.config.model_dump(mode="json"),
@@ -112,8 +112,8 @@ class _Gathering:
         candidates = [one.largest for one in sets if one.largest is not None and one.iteration is not None]
         report.largest = max(candidates, key=lambda largest: largest.margin, default=None)
         if waiting:
-            report.missing.append(_not_made(waiting, len(self.graph.nodes)))
-        report.missing += self.missing[:MOST_LINES]
+            report.missing.append(_unpublished_sentence(waiting, len(self.graph.nodes)))
+        report.missing += self.missing[:MAX_LINES]
         for row in report.stages:
             row.detail = _without_secrets(row.detail)
         report.missing = [_without_secrets(line) for line in report.missing]
@@ -123,26 +123,26 @@ class _Gathering:
 
     def state(self) -> str:
         """The state of the run by its last events. For a detached run, only its scheduler knows more."""
-        told = (RunEnded, RunStarted, RunCancelled, StageSubmitted)
-        last = next((event for event in reversed(self.events) if isinstance(event, told)), None)
+        kinds = (RunEnded, RunStarted, RunCancelled, StageSubmitted)
+        last = next((event for event in reversed(self.events) if isinstance(event, kinds)), None)
         if isinstance(last, RunEnded):
             return last.outcome
         if isinstance(last, RunCancelled):
             return "cancelled"
         if isinstance(last, StageSubmitted):
             return "under way"
-        return "running" if self.told("lock", self.run.holder, None) else "not finished"
+        return "running" if self.try_read("lock", self.run.holder, None) else "not finished"
 
     def stage(self, node: Node) -> StageRow:
         """The row of a stage, from its manifest, its events and its latest attempt."""
         artifact = self.artifacts.get(node.name)
         row = stage_row(node, artifact.manifest if artifact else None, self.by_stage.get(node.name, []))
-        attempts = self.told(node.name, lambda: self.run.attempts(node.name), [])
+        attempts = self.try_read(node.name, lambda: self.run.attempts(node.name), [])
         if artifact is not None and row.wait is not None:
             row.devices = devices_of(node, artifact.manifest, attempts[-1] if attempts else None)
         if artifact is None:
             row.attempts = len(attempts)
-            failure = self.told(node.name, lambda: failure_of(attempts[-1]), None) if attempts else None
+            failure = self.try_read(node.name, lambda: failure_of(attempts[-1]), None) if attempts else None
             if failure is not None:
                 text = str(failure.get("text", "")).strip().splitlines()
                 row.state = "stopped" if failure.get("kind") == "stopped" else "failed"
@@ -221,7 +221,7 @@ class _Gathering:
 
     def sets(self) -> Iterable[SampleSet]:
         for sources in self.sources():
-            found = self.told(f"answers of {sources.name}", lambda sources=sources: self.keep.read(sources), None)
+            found = self.try_read(f"answers of {sources.name}", lambda sources=sources: self.cache.read(sources), None)
             if found is not None:
                 yield found
 
@@ -265,12 +265,12 @@ class _Gathering:
         for name in self.artifacts:
             latest_of[self.graph.nodes[name].role] = self.graph.nodes[name].iteration or 0
         for name, artifact in self.artifacts.items():
-            node, file = self.graph.nodes[name], artifact.path / LOG
-            recent = (node.iteration or 0) > latest_of[node.role] - MOST_CURVES
+            node, file = self.graph.nodes[name], artifact.path / TRAINING_LOG
+            recent = (node.iteration or 0) > latest_of[node.role] - MAX_CURVES
             if artifact.manifest.schema == CHECKPOINT and recent and file.is_file():
-                read = partial(self.keep.once, artifact, partial(_log_of, file))
-                yield from self.curves_of(name, self.told(name, read, None))
-        for name, points in latest(self.told(METRICS, lambda: read_points(self.run.path), [])).items():
+                read = partial(self.cache.compute_once, artifact, partial(_log_of, file))
+                yield from self.curves_of(name, self.try_read(name, read, None))
+        for name, points in latest(self.try_read(METRICS, lambda: read_points(self.run.path), [])).items():
             if name in self.graph.nodes and name not in self.artifacts:
                 lines = ({"step": point.number, **_ungrouped(point)} for point in points if point.unit == "step")
                 yield from self.curves_of(name, thinned(lines))
@@ -284,7 +284,7 @@ class _Gathering:
         for name, artifact in self.artifacts.items():
             file = artifact.path / "calibration.jsonl"
             if file.is_file():
-                report.calibration[name] = self.told(name, lambda file=file: list(read_jsonl(file, dict)), [])
+                report.calibration[name] = self.try_read(name, lambda file=file: list(read_jsonl(file, dict)), [])
                 final = artifact.manifest.facts.get("final") or {}
                 if isinstance(accuracy := final.get("held_out_accuracy"), int | float):
                     report.held_out_accuracy[name] = float(accuracy)
@@ -300,13 +300,13 @@ def _ungrouped(point: Point) -> dict[str, float]:
 
 
 def thinned(lines: Iterable[dict[str, Any]]) -> Curves:
-    """Steps and series of a training log, as means of neighbouring steps where it has more than MOST_STEPS."""
+    """Steps and series of a training log, as means of neighbouring steps where it has more than MAX_STEPS."""
     rows = [
         {name: value for name, value in line.items() if _is_number(value)}
         for line in lines
         if isinstance(line.get("step"), int)
     ]
-    size = -(-len(rows) // MOST_STEPS) or 1
+    size = -(-len(rows) // MAX_STEPS) or 1
     names = sorted({name for row in rows for name in row} - {"step"})
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     steps = [float(part[len(part) // 2]["step"]) for part in parts]
@@ -332,7 +332,7 @@ def _without_secrets(line: str) -> str:
     return TOKEN.sub("(hidden)", line)
 
 
-def _not_made(names: list[str], total: int) -> str:
+def _unpublished_sentence(names: list[str], total: int) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{len(names)} of {total} stages are not published: {shown}"
 

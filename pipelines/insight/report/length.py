@@ -7,14 +7,14 @@ from pipelines.run.metrics import Z95
 
 HELD_OUT = "heldout/generation"
 TRAINED_ON = "generation"
-STRONG = 0.3
+STRONG_CORRELATION = 0.3
 """Absolute correlation within prompts from which the reward is said to depend on length."""
-GROWTH = 0.15
+MIN_GROWTH = 0.15
 """Relative change of the mean length from which answers are said to have grown or shrunk."""
 
-LITTLE = 0.2
+MINOR_SHARE = 0.2
 """Share of the gain in reward below which length is said to explain hardly any of it."""
-NOTHING = 0.02
+NEGLIGIBLE_SHARE = 0.02
 """Share of the gain in reward below which length is said to explain none of it."""
 
 
@@ -32,32 +32,32 @@ def length_statement(report: RunReport) -> Statement:
     within = strongest.correlation.within or 0.0
     growth = _growth(judged)
     longer = f"answers to held-out prompts {_lengths(judged)}" if growth is not None else ""
-    grew, shrank = (growth or 0.0) > GROWTH, (growth or 0.0) < -GROWTH
+    grew, shrank = (growth or 0.0) > MIN_GROWTH, (growth or 0.0) < -MIN_GROWTH
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
     explained = _explained(judged, scored or sets)
     margin = Z95 / math.sqrt(max(strongest.correlation.freedom, 1))
-    if margin > max(abs(within), STRONG):
+    if margin > max(abs(within), STRONG_CORRELATION):
         found.tone = "unclear"
         count = strongest.correlation.freedom + strongest.groups_scored
         found.answer = (
             f"Not known: there are too few answers. Among {count} of {strongest.groups_scored} prompts the correlation "
             f"of reward and length is {within:+.2f} ± {margin:.2g}" + (f", while {longer}." if longer else ".")
         )
-    elif (abs(within) >= STRONG and (grew or shrank)) and explained is not None and explained < LITTLE:
+    elif (abs(within) >= STRONG_CORRELATION and (grew or shrank)) and explained is not None and explained < MINOR_SHARE:
         found.tone = "unclear"
         way = "grows" if within > 0 else "falls"
         found.answer = (
             f"Hardly. The reward {way} with length: {preference} ({r}), and {longer}; but length explains "
             f"{_share(explained)} of the gain."
         )
-    elif within >= STRONG and grew:
+    elif within >= STRONG_CORRELATION and grew:
         found.tone = "bad"
         found.answer = f"Yes, it looks like it. The reward grows with length: {preference} ({r}), and {longer}."
-    elif within <= -STRONG and shrank:
+    elif within <= -STRONG_CORRELATION and shrank:
         found.tone = "bad"
         found.answer = f"Yes, by shortening. The reward falls with length: {preference} ({r}), and {longer}."
-    elif abs(within) >= STRONG:
+    elif abs(within) >= STRONG_CORRELATION:
         found.tone = "unclear"
         way = "grows" if within > 0 else "falls"
         found.answer = f"It could. The reward {way} with length: {preference} ({r})" + (
@@ -81,7 +81,7 @@ def length_statement(report: RunReport) -> Statement:
             f"No sign of it. Within a prompt length and reward hardly go together (at most {within:+.2f})"
             + (f", and {longer}." if longer else ".")
         )
-    found.details = [*_length_of_pairs(sets), *_of_the_gain(explained), *_cut_off(judged or sets)]
+    found.details = [*_length_of_pairs(sets), *_gain_by_length(explained), *_cut_off(judged or sets)]
     return found
 
 
@@ -105,8 +105,8 @@ def _length_of_pairs(sets: list[SampleSet]) -> list[str]:
     if not paired:
         return []
     shares = [(one.iteration, pairs.chosen_length / pairs.rejected_length - 1) for one, pairs in paired]
-    said = [f"{_compared(share)} in iteration {iteration}" for iteration, share in [*shares[:1], *shares[1:][-1:]]]
-    return [f"Chosen answers are {', '.join(said)}, compared with rejected ones."]
+    sentences = [f"{_compared(share)} in iteration {iteration}" for iteration, share in [*shares[:1], *shares[1:][-1:]]]
+    return [f"Chosen answers are {', '.join(sentences)}, compared with rejected ones."]
 
 
 def _compared(share: float) -> str:
@@ -135,16 +135,16 @@ def _explained(judged: list[SampleSet], sets: list[SampleSet]) -> float | None:
     return None if gain <= 0 else min(1.0, max(0.0, by_length / gain))
 
 
-def _of_the_gain(explained: float | None) -> list[str]:
+def _gain_by_length(explained: float | None) -> list[str]:
     if explained is None:
         return []
-    if explained <= NOTHING:
+    if explained <= NEGLIGIBLE_SHARE:
         return ["The change of length explains none of the gain in reward."]
     return [f"The change of length alone would explain {_share(explained)} of the gain in reward."]
 
 
 def _share(explained: float) -> str:
-    return "none" if explained <= NOTHING else f"{100 * explained:.0f} %"
+    return "none" if explained <= NEGLIGIBLE_SHARE else f"{100 * explained:.0f} %"
 
 
 def _cut_off(sets: list[SampleSet]) -> list[str]:

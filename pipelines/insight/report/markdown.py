@@ -17,7 +17,7 @@ from pipelines.insight.report.tables import (
 )
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&])")
-MOST_STAGES = 400
+MAX_STAGES = 400
 
 
 def render_markdown(report: RunReport) -> str:
@@ -97,7 +97,7 @@ def _dropped(report: RunReport) -> list[str]:
 
 def _provenance(report: RunReport) -> list[str]:
     found = provenance(report)
-    stages = [_stage(row) for row in report.stages[:MOST_STAGES]]
+    stages = [_stage(row) for row in report.stages[:MAX_STAGES]]
     return [
         f"Seed {found['seeds']['seed']}, date {found['seeds']['date']}; report made {found['made']}.",
         table(["package", "version"], [[name, version] for name, version in found["versions"].items()]),

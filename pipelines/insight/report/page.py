@@ -11,8 +11,8 @@ import msgspec
 
 from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.expected import expected_table
-from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.length import HELD_OUT
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.insight.report.samples import LEVEL
 from pipelines.insight.report.statements import duration
 from pipelines.insight.report.tables import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4_600_000
 """Size of a page with its samples; chunks that do not fit are files next to it."""
-MOST_GROUPS = 50_000
+MAX_GROUPS = 50_000
 """Prompts that the browser of samples can sort and filter, over all sets."""
 PLOTS = "report/vendor/uPlot-1.6.32.iife.min.js"
 DOM = "report/assets/dom.js"
@@ -51,27 +51,29 @@ SCRIPTS = (
 STYLES = ("report/vendor/uPlot-1.6.32.min.css", "report/assets/report.css")
 
 
-def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int | None = None) -> tuple[str, list[str]]:
+def render_page(
+    report: RunReport, cache: SampleCache, folder: str | None, *, live: int | None = None
+) -> tuple[str, list[str]]:
     """The page as HTML, and the names of the chunks that are not in it.
 
     Args:
-        beside: the folder of the chunks that do not fit, relative to the page; None: there is none.
+        folder: the folder of the chunks that do not fit, relative to the page; None: there is none.
         live: version number, for a page that polls its server for later ones; it contains no samples.
     """
     sets = _shown(report.sets)
-    data = _data(report, sets, beside, live)
+    data = _data(report, sets, folder, live)
     scripts = [read_asset(name) for name in SCRIPTS]
     styles = [read_asset(name) for name in STYLES]
     size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
     inside = [] if live is not None else _fitting(sets, PAGE_BYTES - size)
-    others = [name for found in sets for name in _names(found) if name not in set(inside)]
+    others = [name for found in sets for name in _chunk_names(found) if name not in set(inside)]
     text = (
         environment()
         .get_template("report/assets/report.html.j2")
         .render(
             report=report,
             data=data,
-            chunks=[(name, keep.chunk(name)) for name in inside],
+            chunks=[(name, cache.chunk(name)) for name in inside],
             scripts=scripts,
             styles=styles,
             hashes=" ".join(f"'sha256-{script_hash(script)}'" for script in scripts),
@@ -89,9 +91,9 @@ def render_page(report: RunReport, keep: Keep, beside: str | None, *, live: int 
 
 
 def _shown(sets: list[SampleSet]) -> list[SampleSet]:
-    """The sets, without the samples beyond `MOST_GROUPS`, and without points that are not drawn."""
+    """The sets, without the samples beyond `MAX_GROUPS`, and without points that are not drawn."""
     kept: set[str] = set()
-    room = MOST_GROUPS
+    room = MAX_GROUPS
     for found in sorted(sets, key=_interest):
         room -= len(found.columns.prompt)
         if room >= 0:
@@ -110,7 +112,7 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
     ]
 
 
-def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: int | None) -> str:
+def _data(report: RunReport, sets: list[SampleSet], folder: str | None, live: int | None) -> str:
     """The data for the scripts: base64 of deflated JSON."""
     prompts: dict[str, list[Any]] = {}
     for found in sets:
@@ -121,7 +123,7 @@ def _data(report: RunReport, sets: list[SampleSet], beside: str | None, live: in
     data = msgspec.to_builtins(parts | {"sets": sets})
     for found in data["sets"]:
         found.pop("excerpts")
-    data |= {"prompts": prompts, "beside": beside, "live": live}
+    data |= {"prompts": prompts, "folder": folder, "live": live}
     return b64encode(zlib.compress(msgspec.json.encode(data), LEVEL)).decode()
 
 
@@ -143,7 +145,7 @@ def _interest(found: SampleSet) -> tuple[int, int]:
     return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
 
 
-def _names(found: SampleSet) -> list[str]:
+def _chunk_names(found: SampleSet) -> list[str]:
     return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]
 
 

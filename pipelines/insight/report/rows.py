@@ -16,7 +16,7 @@ FORMAT = 1
 """Version of the chunks' format."""
 CHUNK_BYTES = 400_000
 """Bytes of texts in a chunk, before compression."""
-MOST_GROUPS = 20_000
+MAX_GROUPS = 20_000
 """Prompts of one set that are shown; further ones only count in the statistics."""
 
 
@@ -84,7 +84,7 @@ class SetSources:
         """Digest of everything that determines the set."""
         parts = [*self.scores.values(), *filter(None, (self.pairs, self.reference))]
         found = [self.name, self.rollouts.manifest.digest, *(part.manifest.digest for part in parts)]
-        return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MOST_GROUPS])[:16]
+        return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MAX_GROUPS])[:16]
 
 
 def question_of(row: ReadRow) -> str:

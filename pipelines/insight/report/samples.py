@@ -14,7 +14,7 @@ from pipelines.insight.report.data import Correlation, GroupColumns, LargestMarg
 from pipelines.insight.report.moments import Moments
 from pipelines.insight.report.rows import (
     CHUNK_BYTES,
-    MOST_GROUPS,
+    MAX_GROUPS,
     ReadAnswer,
     ReadPair,
     ReadRow,
@@ -28,9 +28,9 @@ from pipelines.insight.report.rows import (
 )
 from pipelines.insight.report.vocabulary import Vocabulary
 
-MOST_POINTS = 300
-EXCERPT = 120
-LONGEST = 300
+MAX_POINTS = 300
+EXCERPT_CHARACTERS = 120
+MAX_CHARACTERS = 300
 """Characters of the texts on the first screen."""
 LEVEL = 4
 """Compression level of zlib: the next two levels save an eighth of the bytes and take three times as long."""
@@ -78,7 +78,7 @@ class _Reader:
         self.scored = self.with_gradient = 0
         self.within, self.across = Moments(), Moments()
         self.points: list[list[float]] = []
-        self.stride = max(1, sources.rollouts.manifest.facts.get("completions", 0) // MOST_POINTS)
+        self.stride = max(1, sources.rollouts.manifest.facts.get("completions", 0) // MAX_POINTS)
         self.gap, self.gap_tokens = 0.0, 0
         self.encoder = msgspec.json.Encoder(decimal_format="number")
         self.pairs = pairs_in(sources.pairs)
@@ -126,29 +126,29 @@ class _Reader:
             figures = (*found, pair.chosen_score, pair.rejected_score, pair.margin)
             self.chosen = [total + value for total, value in zip(self.chosen, figures, strict=True)]
             self.pair_count += 1
-        if self.prompts > MOST_GROUPS:
+        if self.prompts > MAX_GROUPS:
             self.left_out += 1
             return
         values = [score for _, score in scored]
         columns = self.columns
         columns.prompt.append(row.prompt_id)
-        columns.mean.append(_short(math.fsum(values) / len(values)) if values else None)
-        columns.best.append(_short(max(values)) if values else None)
-        columns.worst.append(_short(min(values)) if values else None)
-        columns.margin.append(_short(best.margin) if best else None)
-        columns.length.append(_short(sum(lengths) / len(lengths)) if lengths else 0.0)
+        columns.mean.append(_rounded(math.fsum(values) / len(values)) if values else None)
+        columns.best.append(_rounded(max(values)) if values else None)
+        columns.worst.append(_rounded(min(values)) if values else None)
+        columns.margin.append(_rounded(best.margin) if best else None)
+        columns.length.append(_rounded(sum(lengths) / len(lengths)) if lengths else 0.0)
         columns.longest.append(max(lengths, default=0))
         columns.samples.append(len(lengths))
         columns.truncated.append(cut)
         if row.prompt_id not in self.excerpts:
-            self.excerpts[row.prompt_id] = [question_of(row)[:EXCERPT], row.tags]
-        self._keep(row, scores, pairs)
+            self.excerpts[row.prompt_id] = [question_of(row)[:EXCERPT_CHARACTERS], row.tags]
+        self._add_to_chunk(row, scores, pairs)
 
     def _correlate(self, scored: list[tuple[float, float]]) -> None:
         for length, score in scored:
             self.across.add(length, score)
-            if self.across.count % self.stride == 0 and len(self.points) < MOST_POINTS:
-                self.points.append([length, _short(score)])
+            if self.across.count % self.stride == 0 and len(self.points) < MAX_POINTS:
+                self.points.append([length, _rounded(score)])
         if len(scored) > 1:
             self.scored += 1
             self.with_gradient += any(score != scored[0][1] for _, score in scored)
@@ -163,20 +163,20 @@ class _Reader:
                 self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, theirs, strict=True))
                 self.gap_tokens += len(theirs)
 
-    def _keep(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
-        """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; an answer ends with `_told`."""
+    def _add_to_chunk(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
+        """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; details end an answer."""
         answers = [
             [
                 answer.sample,
                 answer.text,
                 answer.finish_reason,
                 len(answer.response_ids),
-                [_short(column[answer.sample].score) if answer.sample in column else None for column in scores],
-                *_told(answer, scores),
+                [_rounded(column[answer.sample].score) if answer.sample in column else None for column in scores],
+                *_score_details(answer, scores),
             ]
             for answer in row.completions
         ]
-        chosen = [[pair.chosen_sample, pair.rejected_sample, _short(pair.margin)] for pair in pairs]
+        chosen = [[pair.chosen_sample, pair.rejected_sample, _rounded(pair.margin)] for pair in pairs]
         messages = [[message.role, text_of_turn(message)] for message in row.messages]
         self.text.append(self.encoder.encode([row.prompt_id, messages, row.answer, answers, chosen]))
         self.tokens.append(
@@ -247,7 +247,7 @@ class _Reader:
         return found, self.chunks
 
 
-def _told(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[list[Any] | None]]:
+def _score_details(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[list[Any] | None]]:
     """The parts and extras of an answer's scores: one list with [parts, extras] or null for each scorer; an empty list
     if no scorer has any."""
     found = [column.get(answer.sample) for column in scores]
@@ -255,7 +255,7 @@ def _told(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[l
         return []
     return [
         [
-            [{name: _short(value) for name, value in (score.parts or {}).items()}, score.extras or {}]
+            [{name: _rounded(value) for name, value in (score.parts or {}).items()}, score.extras or {}]
             if score is not None and (score.parts or score.extras)
             else None
             for score in found
@@ -264,12 +264,12 @@ def _told(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[l
 
 
 def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin:
-    texts = {answer.sample: answer.text[:LONGEST] for answer in row.completions}
+    texts = {answer.sample: answer.text[:MAX_CHARACTERS] for answer in row.completions}
     return LargestMargin(
         stage=sources.name,
         iteration=sources.iteration,
         prompt_id=row.prompt_id,
-        prompt=question_of(row)[:LONGEST],
+        prompt=question_of(row)[:MAX_CHARACTERS],
         chosen=texts.get(pair.chosen_sample, ""),
         rejected=texts.get(pair.rejected_sample, ""),
         chosen_score=pair.chosen_score,
@@ -278,7 +278,7 @@ def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin
     )
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     """A number rounded to four digits; 0 if it is not finite."""
     return float(f"{value:.4g}") if math.isfinite(value) else 0.0
 

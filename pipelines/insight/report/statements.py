@@ -9,13 +9,13 @@ from pipelines.insight.report.length import HELD_OUT, TRAINED_ON, length_stateme
 from pipelines.run.metrics import mean_with_interval, ranking_metric
 from pipelines.text import format_ranges, plural
 
-FIXED = 0.2
+LOADING_SHARE = 0.2
 """Share of the stages' time from which `executor.warm` is recommended against loading."""
-IDLE = 0.5
+IDLE_SHARE = 0.5
 """Share of the time from which idle devices, and waiting for them, are mentioned."""
-SLOW = 0.5
+UNUSUAL_SHARE = 0.5
 """Share of the stages' time from which loading or waiting counts as unusual."""
-PARTED = ("beyond_per_prompt", "not_drawn", "not_selected")
+INTENDED_REASONS = ("beyond_per_prompt", "not_drawn", "not_selected")
 """Drop reasons that are intended: the stage was configured to select a part of its rows."""
 
 
@@ -32,9 +32,9 @@ def _failure(report: RunReport) -> list[Statement]:
     failed = [row for row in report.stages if row.state == "failed"]
     if not failed:
         return []
-    told = [f"{row.name} failed: {row.detail.rstrip('.') or 'without a message'}." for row in failed]
-    details = [*told[1:6], f"`pipeline logs {report.path} {failed[0].name}` shows the end of its log."]
-    return [Statement(topic="failure", question="What went wrong?", answer=told[0], details=details, tone="bad")]
+    failures = [f"{row.name} failed: {row.detail.rstrip('.') or 'without a message'}." for row in failed]
+    details = [*failures[1:6], f"`pipeline logs {report.path} {failed[0].name}` shows the end of its log."]
+    return [Statement(topic="failure", question="What went wrong?", answer=failures[0], details=details, tone="bad")]
 
 
 def _learning(report: RunReport) -> Statement:
@@ -73,9 +73,9 @@ def _learning(report: RunReport) -> Statement:
     stopped = [f"{report.stopped[:1].upper()}{report.stopped[1:]}"] if report.stopped else []
     found.details = [
         *stopped,
-        *_judges(first, last),
+        *_gold_and_win_rate(first, last),
         *_best(rows, report.refused),
-        *_drift_of_policy(last),
+        *_policy_kl(last),
         *_lag(report),
     ]
     return found
@@ -95,7 +95,7 @@ def paired_change(report: RunReport, first: int, last: int) -> tuple[float, floa
     return (*mean_with_interval(differences), len(differences)) if differences else None
 
 
-def _judges(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+def _gold_and_win_rate(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
     lines = []
     if first.get("gold_reward_mean") is not None and last.get("gold_reward_mean") is not None:
         gold = last["gold_reward_mean"] - first["gold_reward_mean"]
@@ -124,7 +124,7 @@ def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
     return [f"The best checkpoint by {name}{among} is {_policy(best)}."]
 
 
-def _drift_of_policy(last: dict[str, Any]) -> list[str]:
+def _policy_kl(last: dict[str, Any]) -> list[str]:
     if last.get("kl") is None:
         reason = last.get("kl_reason")
         return [f"How far the policy has moved (KL) is not estimated: {reason}."] if reason else []
@@ -153,8 +153,8 @@ def dropped_statement(report: RunReport) -> Statement:
     worst = max(lines, key=_share)
     found.tone = "bad" if _share(worst) > 0.5 else "unclear" if _share(worst) > 0.1 else "good"
     much = {"good": "Little", "unclear": "Some", "bad": "Much"}[found.tone]
-    found.answer = f"{much}. The largest share was dropped by {_lost(worst)}."
-    found.details = [f"{_lost(line)}." for line in sorted(lines, key=_share, reverse=True)[1:6]]
+    found.answer = f"{much}. The largest share was dropped by {_dropped_sentence(worst)}."
+    found.details = [f"{_dropped_sentence(line)}." for line in sorted(lines, key=_share, reverse=True)[1:6]]
     if len(lines) > 6:
         found.details.append(f"and {len(lines) - 6} further stages: see the funnel")
     return found
@@ -166,14 +166,14 @@ def _share(line: LedgerLine) -> float:
 
 def _unintended(line: LedgerLine) -> dict[str, int]:
     """A stage's dropped rows by reason, without those of intended reasons."""
-    return {reason: count for reason, count in line.dropped.items() if reason not in PARTED}
+    return {reason: count for reason, count in line.dropped.items() if reason not in INTENDED_REASONS}
 
 
-def _lost(line: LedgerLine) -> str:
+def _dropped_sentence(line: LedgerLine) -> str:
     reasons = sorted(_unintended(line).items(), key=lambda item: -item[1])
-    told = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
+    by_reason = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
     lost = f"{sum(_unintended(line).values())} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
-    return f"{line.stage}: {lost}, by reason: {told}"
+    return f"{line.stage}: {lost}, by reason: {by_reason}"
 
 
 def _time(report: RunReport) -> Statement:
@@ -191,7 +191,7 @@ def _time(report: RunReport) -> Statement:
         f"{wall}{duration(total)} of stages: {100 * shares[most] / total:.0f} % of it {most}. "
         f"Of all roles, {role} took longest ({100 * seconds / total:.0f} %)."
     )
-    found.tone = "unclear" if max(facts.load, facts.wait) > SLOW * total else "plain"
+    found.tone = "unclear" if max(facts.load, facts.wait) > UNUSUAL_SHARE * total else "plain"
     found.details = [", ".join(f"{name} {duration(value)}" for name, value in shares.items() if value >= 0.05) + "."]
     if most == "loading":
         found.details.append(
@@ -211,30 +211,30 @@ def _time(report: RunReport) -> Statement:
         for name in (TRAINED_ON, "training")
         if name in facts.tokens_per_second
     )
-    found.details += _could_be_saved(report)
+    found.details += _possible_savings(report)
     found.details.append(
         f"{facts.device_hours:.3g} device-hours" + (f"; tokens a second while computing: {speeds}." if speeds else ".")
     )
     return found
 
 
-def _could_be_saved(report: RunReport) -> list[str]:
+def _possible_savings(report: RunReport) -> list[str]:
     """Sentences on time that other settings would save: loading, idle devices, and waiting for devices."""
     facts, found = report.time, []
-    if facts.load > FIXED * facts.stages and not (report.config_of.get("executor") or {}).get("warm"):
+    if facts.load > LOADING_SHARE * facts.stages and not (report.config_of.get("executor") or {}).get("warm"):
         share = 100 * facts.load / facts.stages
         found.append(
             f"{share:.0f} % of the stages' time, {duration(facts.load)}, went into importing and loading, in every "
             "stage again: executor.warm=true keeps processes from stage to stage."
         )
     for pool, idle in facts.idle.items():
-        if idle > IDLE:
+        if idle > IDLE_SHARE:
             name = f"The devices of the pool {pool}" if pool else "The devices"
             found.append(
                 f"{name} were idle for {100 * idle:.0f} % of the time: `pipeline plan show` shows what waits for what; "
                 "a lag (docs/lag.md), pools of other sizes or another strategy may use them."
             )
-    if facts.held > IDLE * facts.stages:
+    if facts.held > IDLE_SHARE * facts.stages:
         found.append(f"Stages with all inputs waited {duration(facts.held)} in total for devices in use by others.")
     return found
 

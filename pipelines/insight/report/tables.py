@@ -10,11 +10,11 @@ from pipelines.text import format_ranges
 
 GAP_SECONDS = 30.0
 """Gaps without a running stage are not shortened below this duration."""
-MOST_BARS = 150
+MAX_BARS = 150
 """Stages in the chart of times: the latest ones."""
-MOST_FUNNELS = 12
+MAX_FUNNELS = 12
 """Iterations whose ledgers are shown: the latest, and those with the largest dropped shares."""
-MOST_STAGES = 600
+MAX_STAGES = 600
 NONE = "\u2013"
 """Placeholder for a value that is not known."""
 BEFORE = "Before the first iteration, where something was dropped"
@@ -92,9 +92,9 @@ def funnels(report: RunReport) -> list[dict[str, Any]]:
     shares = {
         iteration: max(1 - line["kept"] / line["rows_in"] for line in lines) for iteration, lines in groups.items()
     }
-    worst = sorted(groups, key=lambda iteration: -shares[iteration])[: MOST_FUNNELS // 2]
-    wanted = {None, *worst, *sorted(filter(None, groups))[-MOST_FUNNELS // 2 :]}
-    if len(groups) <= MOST_FUNNELS:
+    worst = sorted(groups, key=lambda iteration: -shares[iteration])[: MAX_FUNNELS // 2]
+    wanted = {None, *worst, *sorted(filter(None, groups))[-MAX_FUNNELS // 2 :]}
+    if len(groups) <= MAX_FUNNELS:
         wanted |= set(groups)
     return [
         {
@@ -113,7 +113,7 @@ def gantt(report: RunReport) -> dict[str, Any]:
     Gaps in which no stage ran (in a run that was continued the next day) are shortened to a fiftieth of the rest.
     """
     rows = [row for row in report.stages if row.begun is not None and row.wait is not None]
-    rows = sorted(rows, key=lambda row: row.begun or 0.0)[-MOST_BARS:]
+    rows = sorted(rows, key=lambda row: row.begun or 0.0)[-MAX_BARS:]
     if not rows:
         return {"bars": [], "ticks": [], "left_out": 0, "shortened": False}
     spans = [(row.begun or 0.0, max(row.begun or 0.0, row.ended or 0.0)) for row in rows]
@@ -172,7 +172,7 @@ def provenance(report: RunReport) -> dict[str, Any]:
     seeds = {"seed": report.config_of.get("seed"), "date": report.config_of.get("date")}
     return {
         "versions": {name: ", ".join(found) for name, found in sorted(versions.items())},
-        "most": MOST_STAGES,
+        "most": MAX_STAGES,
         "hosts": hosts,
         "seeds": seeds,
         "made": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(report.made)),

@@ -51,7 +51,7 @@ def stage_row(node: Node, manifest: Manifest | None, events: Iterable[StageEvent
         elif isinstance(event, StageReused) and row.begun is None:
             row.detail = f"reused: {event.reason}"
     if manifest is not None:
-        _measured(row, manifest)
+        _set_measured(row, manifest)
     return row
 
 
@@ -67,7 +67,7 @@ def devices_of(node: Node, manifest: Manifest, attempt: Path | None) -> int:
     return max(1, replicas) * max(1, node.gpus)
 
 
-def _measured(row: StageRow, manifest: Manifest) -> None:
+def _set_measured(row: StageRow, manifest: Manifest) -> None:
     seconds = manifest.seconds
     row.state = "published"
     row.total = max(0.0, seconds.get("total", 0.0) - seconds.get("wait", 0.0))  # it may have waited for streamed shards

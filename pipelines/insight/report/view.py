@@ -20,8 +20,8 @@ from contracts.errors import UserError
 from contracts.points import METRICS
 from pipelines.graph import Graph
 from pipelines.insight.report.gather import gather
-from pipelines.insight.report.keep import Keep
 from pipelines.insight.report.page import render_page
+from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE
 from pipelines.text import echo
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 PORT = 8710
 FOLDER = "samples"
-SECONDS = 2.0
+POLL_SECONDS = 2.0
 """Shortest time between two looks at the disk."""
-FORGET_SECONDS = 30.0
+MAX_AGE_SECONDS = 30.0
 """Age at which the report is gathered again in any case: a stage that fails or waits records no event at once."""
 
 
@@ -44,10 +44,10 @@ class LiveReport:
     def __init__(self, open_run: Callable[[], tuple[RunDirectory, Graph]]) -> None:
         self._open = open_run
         self._run, self._graph = open_run()
-        self._keep = Keep()
+        self._cache = SampleCache()
         self._lock = threading.Lock()
         self._seen: tuple[Any, ...] = ()
-        self._looked = self._gathered = float("-inf")
+        self._polled = self._gathered = float("-inf")
         self._page = self._content = b""
         self.version = 0
         """Version of the page; it increases with every change."""
@@ -60,17 +60,17 @@ class LiveReport:
     def chunk(self, name: str) -> bytes | None:
         """A chunk of samples, as a script; None if there is no such chunk."""
         with self._lock, contextlib.suppress(KeyError):
-            return f'ratchetChunk("{name}","{self._keep.chunk(name)}")\n'.encode()
+            return f'ratchetChunk("{name}","{self._cache.chunk(name)}")\n'.encode()
         return None
 
     def renew(self) -> int:
         """Update the page if the run has changed. Returns its version."""
         with self._lock:
             now = time.monotonic()
-            if now - self._looked > SECONDS:
-                self._looked = now
+            if now - self._polled > POLL_SECONDS:
+                self._polled = now
                 seen = tuple(_size(self._run.path / name) for name in (FILE, METRICS, "run.json"))
-                if seen != self._seen or now - self._gathered > FORGET_SECONDS:
+                if seen != self._seen or now - self._gathered > MAX_AGE_SECONDS:
                     self._gather(seen)
             return self.version
 
@@ -78,14 +78,14 @@ class LiveReport:
         if self._seen and seen[-1] != self._seen[-1]:  # another command has continued the run, perhaps with more stages
             with contextlib.suppress(UserError):
                 self._run, self._graph = self._open()
-        report = gather(self._run, self._graph, self._keep)
-        self._keep.forget(report.sets)
+        report = gather(self._run, self._graph, self._cache)
+        self._cache.prune(report.sets)
         made, report.made = report.made, 0.0
         content = msgspec.json.encode(report)
         if content != self._content:
             report.made = made
             self._content, self.version = content, self.version + 1
-            self._page = render_page(report, self._keep, FOLDER, live=self.version)[0].encode()
+            self._page = render_page(report, self._cache, FOLDER, live=self.version)[0].encode()
         self._seen, self._gathered = seen, time.monotonic()
 
 

@@ -1,7 +1,7 @@
 "use strict";
 // One prompt with all its answers, and the same prompt in other iterations.
 
-const MOST_REASONS = 6;
+const MAX_REASONS = 6;
 
 async function showGroup(place, samples, set, at, marked) {
   const turn = (place.turn = (place.turn || 0) + 1);
@@ -59,9 +59,9 @@ function reasons(set, group) {
     return [el("p", { class: "why" }, `No pair was made of these answers: ${why} (strategy ${set.pairs.strategy}).`)];
   }
   const name = set.scorers[0] || "score";
-  const further = group.pairs.length - MOST_REASONS;
+  const further = group.pairs.length - MAX_REASONS;
   const rest = further > 0 ? [el("p", { class: "note" }, `and ${further} further pairs, with smaller margins`)] : [];
-  const largest = [...group.pairs].sort((a, b) => b.margin - a.margin).slice(0, MOST_REASONS);
+  const largest = [...group.pairs].sort((a, b) => b.margin - a.margin).slice(0, MAX_REASONS);
   return largest
     .map((pair) =>
       el(
@@ -134,14 +134,14 @@ function card(samples, set, at, group, answer, marked) {
     { class: `answer${chosen ? " chosen" : ""}${rejected ? " rejected" : ""}${marked ? " marked" : ""}` },
     head,
     body,
-    answer.told ? told(set, answer) : null,
+    answer.details ? scorerDetails(set, answer) : null,
   );
 }
 
 /** What scorers have reported in addition to their scores: parts of a score, an extracted answer, an explanation. */
-function told(set, answer) {
+function scorerDetails(set, answer) {
   const rows = set.scorers.flatMap((name, place) => {
-    const [parts, extras] = answer.told[place] ?? [{}, {}];
+    const [parts, extras] = answer.details[place] ?? [{}, {}];
     const numbers = Object.entries(parts).map(([part, value]) => [part, number(value)]);
     const texts = Object.entries(extras).map(([key, value]) => [
       key,
@@ -151,7 +151,7 @@ function told(set, answer) {
   });
   return el(
     "dl",
-    { class: "told" },
+    { class: "scorer-details" },
     rows.flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, textOf(value, "span"))]),
   );
 }

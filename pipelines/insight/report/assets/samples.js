@@ -73,7 +73,7 @@ class Samples {
   content(name) {
     const content = this.inside(name);
     if (content !== null) return Promise.resolve(content);
-    const folder = this.data.beside;
+    const folder = this.data.folder;
     if (folder === null) return Promise.reject(new Error("these texts are not in this page"));
     return new Promise((resolve, reject) => {
       const missing = () => reject(new Error(`${folder}/${name}.js is missing next to this page: copy the folder as well`));
@@ -112,7 +112,7 @@ function asGroup([prompt, messages, answer, answers, pairs]) {
     prompt,
     messages,
     answer,
-    answers: answers.map(([sample, text, finish, length, scores, told]) => ({ sample, text, finish, length, scores, told })),
+    answers: answers.map(([sample, text, finish, length, scores, details]) => ({ sample, text, finish, length, scores, details })),
     pairs: pairs.map(([chosen, rejected, margin]) => ({ chosen, rejected, margin })),
   };
 }

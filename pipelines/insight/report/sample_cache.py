@@ -22,7 +22,7 @@ T = TypeVar("T")
 _OWN = re.compile(r"[0-9a-f]{16}(-\d+t?\.js|\.json)")
 
 
-class Keep:
+class SampleCache:
     """Reads sets of answers, each once.
 
     With a folder, the results are kept there: NAME.js for each chunk, and KEY.json for each set. Without one they are
@@ -44,7 +44,7 @@ class Keep:
             known = self._artifacts[path] = changed, Artifact.open(path)
         return known[1]
 
-    def once(self, artifact: Artifact, read: Callable[[], T]) -> T:
+    def compute_once(self, artifact: Artifact, read: Callable[[], T]) -> T:
         """The result of `read`, which is called once for an artifact."""
         digest = artifact.manifest.digest
         if digest not in self._derived:
@@ -53,23 +53,23 @@ class Keep:
 
     def read(self, sources: SetSources) -> SampleSet:
         """Read a set, or take it from the cache; UserError where something of it is missing or damaged."""
-        found = self._sets.get(sources.key) or self._kept(sources.key)
+        found = self._sets.get(sources.key) or self._load(sources.key)
         if found is None:
             found, chunks = read_set(sources)
-            self._write(found, chunks)
+            self._store(found, chunks)
         self._sets[sources.key] = found
         return found
 
-    def _kept(self, key: str) -> SampleSet | None:
+    def _load(self, key: str) -> SampleSet | None:
         if self._folder is None:
             return None
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             found = msgspec.json.decode((self._folder / f"{key}.json").read_bytes(), type=SampleSet)
-            if all((self._folder / f"{name}.js").is_file() for name in names_of(found)):
+            if all((self._folder / f"{name}.js").is_file() for name in chunk_names(found)):
                 return found
         return None
 
-    def _write(self, found: SampleSet, chunks: list[Chunk]) -> None:
+    def _store(self, found: SampleSet, chunks: list[Chunk]) -> None:
         if self._folder is None:
             self._chunks |= {chunk.name: chunk.content for chunk in chunks}
             return
@@ -85,9 +85,11 @@ class Keep:
             return self._chunks[name]
         return (self._folder / f"{name}.js").read_text().split('"')[3]
 
-    def forget(self, sets: list[SampleSet]) -> None:
+    def prune(self, sets: list[SampleSet]) -> None:
         """Delete everything that belongs to none of these sets: their artifacts have changed since."""
-        known = {f"{found.key}.json" for found in sets} | {f"{name}.js" for found in sets for name in names_of(found)}
+        known = {f"{found.key}.json" for found in sets} | {
+            f"{name}.js" for found in sets for name in chunk_names(found)
+        }
         keys = {found.key for found in sets}
         self._sets = {key: found for key, found in self._sets.items() if key in keys}
         self._chunks = {name: content for name, content in self._chunks.items() if name.rpartition("-")[0] in keys}
@@ -96,6 +98,6 @@ class Keep:
                 path.unlink(missing_ok=True)
 
 
-def names_of(found: SampleSet) -> list[str]:
+def chunk_names(found: SampleSet) -> list[str]:
     """The names of a set's chunks: of texts, and of log-probabilities."""
     return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]
