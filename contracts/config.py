@@ -391,8 +391,8 @@ def _explain_null(model: type[BaseModel], problem: Any, place: str) -> str:
         return f"{place!r} is null, but {what}. Set {place}.NAME{'' if needed else ', or leave it out'}."
     message = problem["msg"].removeprefix("Input ")
     default = None if field is None or needed else field.get_default(call_default_factory=True)
-    mend = "Set it" if needed else f"Leave it out to have the default ({reprlib.repr(default)}), or set it"
-    return f"{place!r} is null, but {message}. {mend}."
+    fix = "Set it" if needed else f"Leave it out to have the default ({reprlib.repr(default)}), or set it"
+    return f"{place!r} is null, but {message}. {fix}."
 
 
 def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any) -> list[str]:

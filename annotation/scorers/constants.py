@@ -10,7 +10,7 @@ Constant: TypeAlias = Callable[[ast.expr], float | None]
 
 
 def mistake_in(node: ast.expr, constant: Constant) -> str | None:
-    """Return what is wrong with one operation of an expression, and how to mend it; None if nothing is.
+    """Return what is wrong with one operation of an expression, and how to fix it; None if nothing is.
 
     Args:
         constant: the value of a part that is the same for every response; None for any other.
@@ -21,8 +21,8 @@ def mistake_in(node: ast.expr, constant: Constant) -> str | None:
         case ast.Call(func=ast.Name(id="clip"), args=[value, low, high]):
             least, most = constant(low), constant(high)
             if least is not None and most is not None and least > most:
-                mended = f"clip({ast.unparse(value)}, {ast.unparse(high)}, {ast.unparse(low)})"
-                return f"the lower bound {least:g} is above the upper bound {most:g}. Write {mended}."
+                corrected = f"clip({ast.unparse(value)}, {ast.unparse(high)}, {ast.unparse(low)})"
+                return f"the lower bound {least:g} is above the upper bound {most:g}. Write {corrected}."
         case ast.Call(func=ast.Name(id="overlong"), args=[_, most_tokens, cache_tokens]):
             most, cache = constant(most_tokens), constant(cache_tokens)
             if most is not None and most <= 0:
