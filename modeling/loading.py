@@ -25,7 +25,7 @@ from contracts.models import CLASSIFIERS, PROCESS_MODEL, VALUE_HEAD, ModelInfo
 from contracts.seeds import derive_seed
 from contracts.weights import stored_tensors
 from modeling.finite import is_equal, require_finite
-from modeling.master import Start
+from modeling.master import MasterWeights
 from modeling.modes import gathered, is_partitioned
 from modeling.probe import check_architecture, require_independence
 from modeling.rope import fix_rope
@@ -276,8 +276,8 @@ def _load(
     """
     ModelInfo.read(model)
     require_finite(model)
-    start = Start(model) if master and dtype == torch.float32 else None
-    if start is not None and start.has_rests:
+    start = MasterWeights(model) if master and dtype == torch.float32 else None
+    if start is not None and start.has_remainders:
         config = read_config(model)
         for name, value in options.items():
             setattr(config, name, value)

@@ -1,8 +1,8 @@
-"""fp32 master weights in two halves: bfloat16 weights for inference, and the exact remainder to fp32.
+"""Splits fp32 master weights into two halves: bfloat16 weights for inference, and the exact remainder to fp32.
 
-    fp32   = sign exponent mantissa_hi | mantissa_lo             as an integer: x
-    bf16   = (x + 2^15) >> 16                                    rounded to the nearest, ties away from zero
-    rest   = (x + 2^15) mod 2^16                                 so that x = (bf16 << 16 | rest) - 2^15
+    fp32      = sign exponent mantissa_hi | mantissa_lo             as an integer: x
+    bf16      = (x + 2^15) >> 16                                    rounded to the nearest, ties away from zero
+    remainder = (x + 2^15) mod 2^16                                 so that x = (bf16 << 16 | remainder) - 2^15
 
 A bfloat16 checkpoint has the remainders in `master/`, which inference engines ignore. The next training joins both: at
 the learning rates of preference learning an update is smaller than the last bit of a bfloat16 weight, and would be lost
@@ -25,34 +25,34 @@ from contracts.models import MASTER
 from contracts.weights import StoredTensor, stored_tensors
 
 HALF = 1 << 15
-BELONGS_TO = "weights"
-"""Metadata entry of the remainder files: the `belonging` of the bfloat16 files that they complete."""
+WEIGHTS_DIGEST = "weights"
+"""Metadata entry of the remainder files: the `weights_digest` of the bfloat16 files that they complete."""
 
 
 def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Split an fp32 tensor into bfloat16 values and remainders (int16)."""
     bits = tensor.contiguous().flatten().view(torch.int32) + HALF
-    rest, upper = bits.view(torch.int16).view(-1, 2).T  # the lower half comes first
-    return upper.contiguous().view(torch.bfloat16).view(tensor.shape), rest.contiguous().view(tensor.shape)
+    remainder, upper = bits.view(torch.int16).view(-1, 2).T  # the lower half comes first
+    return upper.contiguous().view(torch.bfloat16).view(tensor.shape), remainder.contiguous().view(tensor.shape)
 
 
-def join(upper: Tensor, rest: Tensor) -> Tensor:
+def join(upper: Tensor, remainder: Tensor) -> Tensor:
     """Invert `split`."""
-    bits = (upper.contiguous().view(torch.int16).int() << 16) | (rest.int() & 0xFFFF)
+    bits = (upper.contiguous().view(torch.int16).int() << 16) | (remainder.int() & 0xFFFF)
     return (bits - HALF).view(torch.float32)
 
 
-def has_rest(rest: Tensor) -> bool:
+def has_remainder(remainder: Tensor) -> bool:
     """Whether any remainder is not zero, so that dropping it would lose precision."""
-    return bool((rest != -HALF).any())
+    return bool((remainder != -HALF).any())
 
 
-def belonging(hashes: dict[str, str]) -> str:
+def weights_digest(hashes: dict[str, str]) -> str:
     """A digest that identifies bfloat16 files, given as SHA-256 by name."""
     return digest(hashes)
 
 
-class Start:
+class MasterWeights:
     """The fp32 weights that a training starts from, with the remainders if the model directory has them."""
 
     def __init__(self, model: Path) -> None:
@@ -62,29 +62,31 @@ class Start:
             UserError: the remainders belong to other weights.
         """
         self.tensors: dict[str, StoredTensor] = stored_tensors(model)
-        self._rests: dict[str, Path] = {}
+        self._remainders: dict[str, Path] = {}
         files = sorted((model / MASTER).glob("*.safetensors"))
-        wanted = belonging(_hashes(model, sorted({tensor.file for tensor in self.tensors.values()}))) if files else ""
+        wanted = (
+            weights_digest(_hashes(model, sorted({tensor.file for tensor in self.tensors.values()}))) if files else ""
+        )
         for file in files:
             with safe_open(file, "pt") as opened:
-                if (opened.metadata() or {}).get(BELONGS_TO) != wanted:
+                if (opened.metadata() or {}).get(WEIGHTS_DIGEST) != wanted:
                     raise UserError(
-                        f"{file} holds what is missing to the fp32 of other weights than those of {model}: files of "
-                        f"two checkpoints are mixed. Copy the whole directory again, or delete {model / MASTER}, and "
-                        "training starts from bfloat16."
+                        f"{file} holds the remainders to fp32 of other weights than those in {model}: files of two "
+                        f"checkpoints are mixed. Copy the whole directory again, or delete {model / MASTER} to train "
+                        "from bfloat16."
                     )
-                self._rests.update(dict.fromkeys(opened.keys(), file))
+                self._remainders.update(dict.fromkeys(opened.keys(), file))
 
     @property
-    def has_rests(self) -> bool:
+    def has_remainders(self) -> bool:
         """Whether the checkpoint has remainders to fp32."""
-        return bool(self._rests)
+        return bool(self._remainders)
 
     @property
     def precision(self) -> str:
         """float32 if the directory has the master weights of the last training, otherwise the format of its files."""
         formats = {tensor.dtype for tensor in self.tensors.values()}
-        if self.has_rests or formats == {"F32"}:
+        if self.has_remainders or formats == {"F32"}:
             return "float32"
         return "bfloat16" if "BF16" in formats else "float16" if "F16" in formats else "mixed"
 
@@ -93,8 +95,8 @@ class Start:
         beat()
         with safe_open(self.tensors[name].file, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        if name in self._rests:
-            with safe_open(self._rests[name], "pt") as file:
+        if name in self._remainders:
+            with safe_open(self._remainders[name], "pt") as file:
                 return join(tensor, file.get_tensor(name))
         return tensor.float() if tensor.is_floating_point() else tensor
 

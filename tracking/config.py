@@ -57,7 +57,7 @@ class MlflowSettings(Section):
 
 
 class TrackingSection(Section):
-    """Trackers for the run's metrics; any of them, several at once. metrics.jsonl is always written."""
+    """Trackers for the run's metrics; any number can be used together. metrics.jsonl is always written."""
 
     wandb: WandbSettings | None = runtime(None)
     """Weights & Biases."""

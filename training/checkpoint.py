@@ -20,7 +20,7 @@ from contracts.ledger import Ledger
 from contracts.models import MASTER, VALUE_HEAD
 from contracts.publication import Publication
 from modeling.loading import Shapes
-from modeling.master import BELONGS_TO, Start, belonging, has_rest, split
+from modeling.master import WEIGHTS_DIGEST, MasterWeights, has_remainder, split, weights_digest
 
 SHARD_BYTES = 5 << 30
 """Maximum size of a weights file."""
@@ -80,7 +80,7 @@ def save_checkpoint(
     if remainders:
         hashes = {name: _sha256(publication, name) for name in files if name != VALUE_HEAD}
         for name, group in _shards(remainders, shard_bytes):
-            _commit(publication, f"{MASTER}/{name}", group, unit, **{BELONGS_TO: belonging(hashes)})
+            _commit(publication, f"{MASTER}/{name}", group, unit, **{WEIGHTS_DIGEST: weights_digest(hashes)})
     names = dict(_index(tensors, shard_bytes))
     if len(set(names.values())) > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -126,9 +126,9 @@ def _split_precision(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         if not bool(torch.isfinite(rounded[name]).all()):
             raise RuntimeError(f"tensor {name} of the checkpoint is empty or not finite")
         if tensor.is_floating_point():
-            rounded[name], rest = split(rounded[name])
-            if has_rest(rest):
-                remainders[name] = rest
+            rounded[name], remainder = split(rounded[name])
+            if has_remainder(remainder):
+                remainders[name] = remainder
     return rounded, remainders
 
 
@@ -138,7 +138,7 @@ def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor
     norm: u · v / u · u, for the update u of the fp32 weights and the change v of the bfloat16 weights: 1 if nothing is
     lost. weights: the share of updated fp32 weights whose bfloat16 value has changed.
     """
-    before = Start(start)
+    before = MasterWeights(start)
     square = product = 0.0
     moved = changed = 0
     for name, tensor in stored.items():

@@ -20,7 +20,7 @@ from contracts.ledger import Ledger
 from contracts.stage import Context, Outcome
 from modeling.attention import attention_on, use_packed_attention
 from modeling.loading import check_weights, load_causal, load_classifier, load_value_head, tensor_shapes
-from modeling.master import Start, split
+from modeling.master import MasterWeights, split
 from modeling.modes import set_modes
 from modeling.modules import TokenLogprobs, Trained
 from modeling.packing import Packing
@@ -83,7 +83,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         # Without fp32 master weights in the engine, the weights are fp32 and bf16 is autocast: at the learning rates of
         # preference learning an update is smaller than the last bit of a bf16 weight. With LoRA only the adapters,
         # which are fp32, are updated.
-        initial = Start(config.model)
+        initial = MasterWeights(config.model)
         by_slices = reads_slices(config)
         model = task.load(dtype if engine.master_copies or config.lora else torch.float32, by_slices)
         own_attention = model.config._attn_implementation
@@ -125,7 +125,7 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
         weights = {
             name.removeprefix("model."): tensor for name, tensor in gathered.items() if name.startswith("model.")
         }
-        if initial.has_rests:
+        if initial.has_remainders:
             weights = {name: _restore_remainder(initial, name, tensor) for name, tensor in weights.items()}
         if config.lora is not None:
             weights = merge_adapters(weights, config.lora, transposed)
@@ -168,12 +168,12 @@ def fit(config: TrainingConfig, context: Context, task: TrainingTask) -> Outcome
     return Outcome(task.ledger.unit, facts, weights_fingerprint(context.publication.directory))
 
 
-def _restore_master_weights(initial: Start, engine: TrainingEngine, dtype: torch.dtype) -> str:
+def _restore_master_weights(initial: MasterWeights, engine: TrainingEngine, dtype: torch.dtype) -> str:
     """Restore the previous training's fp32 weights in an engine that has initialized its master weights from bfloat16.
 
     Returns the precision of the weights that this training starts from.
     """
-    if not initial.has_rests or not engine.master_copies or dtype == torch.float32:
+    if not initial.has_remainders or not engine.master_copies or dtype == torch.float32:
         return initial.precision
     names = {name: name.removeprefix("model.") for name in engine.trained_shapes()}
     known = {name: stored for name, stored in names.items() if stored in initial.tensors}
@@ -184,7 +184,7 @@ def _restore_master_weights(initial: Start, engine: TrainingEngine, dtype: torch
     return "float32"
 
 
-def _restore_remainder(initial: Start, name: str, tensor: Tensor) -> Tensor:
+def _restore_remainder(initial: MasterWeights, name: str, tensor: Tensor) -> Tensor:
     """The initial fp32 value of a frozen bfloat16 weight, with its remainder to fp32; any other tensor unchanged."""
     stored = name.replace(".base_layer.", ".")
     if tensor.dtype != torch.bfloat16 or stored not in initial.tensors or initial.tensors[stored].shape != tensor.shape:

@@ -49,10 +49,10 @@ def check_average(stage: Inspected) -> Iterator[Finding]:
 
 def _check_weights(model: Path, *, classifies: bool) -> Finding:
     from modeling.loading import check_weights  # imported late: loads torch
-    from modeling.master import Start
+    from modeling.master import MasterWeights
 
     check_weights(model, "classifier" if classifies else "causal")
-    Start(model)  # checks that the remainders belong to the weights
+    MasterWeights(model)  # checks that the remainders belong to the weights
     return Finding("ok", f"{model}: it holds the weights of its architecture, all of them finite")
 
 

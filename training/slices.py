@@ -10,7 +10,7 @@ from torch import Tensor
 from contracts.attempt import beat
 from contracts.models import ModelInfo
 from modeling.loading import DTYPES
-from modeling.master import Start, join
+from modeling.master import MasterWeights, join
 from reallocation.layouts import REMAINDER, LocalPart
 from reallocation.planning import item_bytes
 from reallocation.stored import StoredModel
@@ -41,7 +41,7 @@ class WeightSlices:
             UserError: it is not a model, or its remainders belong to other weights.
         """
         self._stored = StoredModel(model)
-        self._exact = Start(model).has_rests
+        self._exact = MasterWeights(model).has_remainders
 
     def read(self, names: Sequence[str], part: LocalPart, into: Tensor) -> None:
         """Fill a process's shard of a parameter, piece by piece.
@@ -58,13 +58,13 @@ class WeightSlices:
         found = next((name for name in known if name in self._stored.tensors), None)
         if found is None or into.numel() != part.elements or not into.is_contiguous():
             raise RuntimeError(f"{self._stored.path} has no {names[0]} to be read into {tuple(into.shape)}")
-        rest = REMAINDER + found
+        remainder = REMAINDER + found
         flat = into.detach().view(-1)
         for piece, start, end in _pieces(part):
             beat()
             value = self._piece(found, piece)
-            if self._exact and rest in self._stored.tensors and into.dtype == torch.float32:
-                value = join(value, self._piece(rest, piece))
+            if self._exact and remainder in self._stored.tensors and into.dtype == torch.float32:
+                value = join(value, self._piece(remainder, piece))
             flat[start:end].copy_(value)
 
     def _piece(self, name: str, part: LocalPart) -> Tensor:

@@ -55,8 +55,8 @@ def write_safetensors(
     path.write_bytes(len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(place))
 
 
-def write_checkpoint(path: Path, *, files: int = 1, rests: bool = False, seed: int = 0, **changes: Any) -> Path:
-    """Write a checkpoint like that of a training: weights in one or several files, with `rests` remainders to fp32,
+def write_checkpoint(path: Path, *, files: int = 1, remainders: bool = False, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint like that of a training: weights in one or several files, optionally with remainders to fp32,
     config and tokenizer."""
     config = config_of(**changes)
     shapes = dict(sorted(shapes_of(config).items()))
@@ -65,7 +65,7 @@ def write_checkpoint(path: Path, *, files: int = 1, rests: bool = False, seed: i
         part = {name: shapes[name] for name in names[number * len(names) // files : (number + 1) * len(names) // files]}
         file = "model.safetensors" if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         write_safetensors(path / file, part, seed=seed + number)
-        if rests:
+        if remainders:
             write_safetensors(path / "master" / file, part, dtype="I16", seed=100 + number, weights="their hash")
     if files > 1:
         where = {

@@ -53,7 +53,7 @@ def test_numbers_that_differ_are_counted_and_measured(tmp_path: Path, capsys: py
 
 
 def test_layouts_do_not_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (write_checkpoint(tmp_path / name, rests=True) for name in ("first", "second"))
+    first, second = (write_checkpoint(tmp_path / name, remainders=True) for name in ("first", "second"))
     for model, layout in ((first, "tp=2,pp=3"), (second, "dp=3,shard=flat")):
         assert main(["reshard", str(model), "--to", layout, "--output", f"{model}-divided"]) == 0
     capsys.readouterr()

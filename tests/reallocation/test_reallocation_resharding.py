@@ -32,7 +32,7 @@ LAYOUTS = ["tp=2,pp=2", "tp=4", "pp=3", "pp=2,layers=1+2", "dp=2,shard=rows", "d
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "model", files=2, rests=True)
+    return write_checkpoint(tmp_path / "model", files=2, remainders=True)
 
 
 def to(checkpoint: Path, layout: str, output: Path) -> Path:

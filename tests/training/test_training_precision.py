@@ -17,7 +17,7 @@ from contracts.fingerprint import weights_fingerprint
 from contracts.models import MASTER
 from contracts.preflight import PreflightRequest, StageRequest, examine
 from modeling.loading import load_causal
-from modeling.master import Start, has_rest, join, split
+from modeling.master import MasterWeights, has_remainder, join, split
 
 
 def test_two_halves_are_the_whole() -> None:
@@ -31,7 +31,7 @@ def test_two_halves_are_the_whole() -> None:
     assert float(((upper.float() - numbers).abs() / numbers.abs().clamp(min=1e-37)).max()) <= 2**-8
     exact = numbers.bfloat16().float()
     assert torch.equal(split(exact)[0], exact.bfloat16())
-    assert not has_rest(split(exact)[1])
+    assert not has_remainder(split(exact)[1])
     scalar = torch.tensor(0.1)
     assert torch.equal(join(*split(scalar)), scalar)
 
@@ -61,7 +61,7 @@ def test_a_second_training_goes_on_where_the_first_ended(
     assert facts["update_kept"]["weights"] < 0.5
     assert 0.2 < facts["update_kept"]["norm"] < 1.5
     assert {tensor.dtype for tensor in load_file(first.path / "model.safetensors").values()} == {torch.bfloat16}
-    whole = dict(Start(first.path).items())
+    whole = dict(MasterWeights(first.path).items())
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(whole[norm], load_file(start / "model.safetensors")[norm].float())
     loaded = load_causal(first.path, torch.float32, master=True).state_dict()
@@ -70,7 +70,7 @@ def test_a_second_training_goes_on_where_the_first_ended(
     idle = small_steps(models, pairs, tmp_path / "two", model=first.path) | {"learning_rate": 1e-30}
     second = run_here("policy", **idle)
     assert second.manifest.facts["start_precision"] == "float32"
-    again = dict(Start(second.path).items())
+    again = dict(MasterWeights(second.path).items())
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     # Without the rests it is what engines see.
     bare = shutil.copytree(first.path, tmp_path / "bare", ignore=shutil.ignore_patterns(MASTER, "manifest.json"))
@@ -88,7 +88,7 @@ def test_what_is_missing_to_fp32_belongs_to_its_weights(
         for seed in (0, 1)
     )
     mixed = shutil.copytree(one, tmp_path / "mixed", ignore=shutil.ignore_patterns("manifest.json"))
-    Start(mixed)
+    MasterWeights(mixed)
     shutil.copy(two / MASTER / "model.safetensors", mixed / MASTER)
     settings = small_steps(models, pairs, tmp_path / "out", model=mixed)
     with pytest.raises(UserError, match="files of two checkpoints are mixed"):
@@ -106,9 +106,9 @@ def test_averages_and_new_critics_keep_the_precision(
     average = run_here("ema", average=start, model=one, decay=0.5, output=tmp_path / "average").path
     critic = run_here("value-head", model=one, output=tmp_path / "critic").path
     name = "model.layers.1.mlp.down_proj.weight"
-    before, after = load_file(start / "model.safetensors")[name].float(), Start(one).read(name)
-    torch.testing.assert_close(Start(average).read(name), before.lerp(after, 0.5), atol=0, rtol=1e-6)
-    assert torch.equal(Start(critic).read(name), after)
+    before, after = load_file(start / "model.safetensors")[name].float(), MasterWeights(one).read(name)
+    torch.testing.assert_close(MasterWeights(average).read(name), before.lerp(after, 0.5), atol=0, rtol=1e-6)
+    assert torch.equal(MasterWeights(critic).read(name), after)
 
 
 @pytest.mark.slow
@@ -124,5 +124,5 @@ def test_under_every_engine(
     run_cli("policy", "--config", path)
     two = Artifact.open(tmp_path / "two")
     assert two.manifest.facts["start_precision"] == "float32"
-    for name, tensor in Start(one).items():
-        assert torch.equal(Start(two.path).read(name), tensor), name
+    for name, tensor in MasterWeights(one).items():
+        assert torch.equal(MasterWeights(two.path).read(name), tensor), name

@@ -186,7 +186,7 @@ def test_slices_have_the_master_weights_of_the_last_training(tmp_path: Path) -> 
     from safetensors.torch import save_file
 
     from contracts.fingerprint import file_sha256
-    from modeling.master import BELONGS_TO, belonging, split
+    from modeling.master import WEIGHTS_DIGEST, split, weights_digest
     from reallocation.layouts import GlobalTensor, part_of
     from reallocation.live import slice_of
     from training.slices import WeightSlices
@@ -197,8 +197,8 @@ def test_slices_have_the_master_weights_of_the_last_training(tmp_path: Path) -> 
     save_file({name: upper}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "master").mkdir()
-    owner = belonging({"model.safetensors": file_sha256(tmp_path / "model.safetensors")})
-    save_file({name: rest}, tmp_path / "master/model.safetensors", {BELONGS_TO: owner})
+    owner = weights_digest({"model.safetensors": file_sha256(tmp_path / "model.safetensors")})
+    save_file({name: rest}, tmp_path / "master/model.safetensors", {WEIGHTS_DIGEST: owner})
     part = part_of(GlobalTensor(name, "F32", (24, 16)), (1, 4, 12), sharding="rows", shards=3, shard=1)
     found, rounded = torch.empty(8, 8), torch.empty(8, 8, dtype=torch.bfloat16)
     for into in (found, rounded):
