@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from contracts.errors import UserError
-from modeling.logprobs import HeadShape, shaped
+from modeling.logprobs import LogitScaling, scale_logits
 from modeling.modes import gathered
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -38,7 +38,7 @@ def backbone_of(model: Any) -> Any:
 
 
 @torch.no_grad()
-def head_shape(model: Any) -> HeadShape:
+def logit_scaling(model: Any) -> LogitScaling:
     """The scaling and soft-capping that a causal model applies after its LM head.
 
     Candidates come from its config; the model's own forward on given hidden states decides among them.
@@ -56,13 +56,13 @@ def head_shape(model: Any) -> HeadShape:
         asked = [magnitude * unit for magnitude in MAGNITUDES]
         plain = [_linear(head, hidden) for hidden in asked]
         found = [_own_logits(model, hidden) for hidden in asked]
-    for shape in _candidates(model.config.get_text_config()):
-        expected = [shaped(linear, shape) for linear in plain]
+    for scaling in _candidates(model.config.get_text_config()):
+        expected = [scale_logits(linear, scaling) for linear in plain]
         if all(
             float((one - other).abs().max()) <= 1e-2 * float(other.abs().max())
             for one, other in zip(found, expected, strict=True)
         ):
-            return shape
+            return scaling
     raise _unknown(model)
 
 
@@ -96,7 +96,7 @@ def _own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _candidates(config: Any) -> list[HeadShape]:
+def _candidates(config: Any) -> list[LogitScaling]:
     scales = [1.0]
     for name in SCALES:
         if value := getattr(config, name, None):
@@ -104,7 +104,7 @@ def _candidates(config: Any) -> list[HeadShape]:
     if base := getattr(config, "dim_model_base", None):  # MiniCPM: muP's width multiplier
         scales.append(base / config.hidden_size)
     caps = [float(value) for name in CAPS if (value := getattr(config, name, None))]
-    return [HeadShape(scale, cap) for cap, scale in itertools.product([*caps, None], scales)]
+    return [LogitScaling(scale, cap) for cap, scale in itertools.product([*caps, None], scales)]
 
 
 def _unknown(model: Any) -> UserError:

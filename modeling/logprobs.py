@@ -24,7 +24,7 @@ class HeadOutput(NamedTuple):
     """log sum_v p(v)^2, without gradient"""
 
 
-class HeadShape(NamedTuple):
+class LogitScaling(NamedTuple):
     """A model's transformation of the LM head's output z into logits: `cap * tanh(scale * z / cap)`."""
 
     scale: float = 1.0
@@ -33,7 +33,7 @@ class HeadShape(NamedTuple):
     """The limit of soft-capping, as in Gemma 2 (arXiv 2408.00118); None: the logits are `scale * z`."""
 
 
-PLAIN = HeadShape()
+PLAIN = LogitScaling()
 
 
 class LogprobHead(nn.Module):
@@ -42,17 +42,19 @@ class LogprobHead(nn.Module):
     It is a module that owns these parameters because ZeRO-3 gathers a parameter when its module is called.
     """
 
-    def __init__(self, head: Any, shape: HeadShape = PLAIN, *, entropy: bool = False, collision: bool = False) -> None:
+    def __init__(
+        self, head: Any, scaling: LogitScaling = PLAIN, *, entropy: bool = False, collision: bool = False
+    ) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
-        self.shape = shape
+        self.scaling = scaling
         self.entropy = entropy
         self.collision = collision
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits at once, differentiable: [N, hidden size] -> [N, vocabulary], fp32."""
-        return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias, self.shape)
+        return _logits(hidden.to(self._dtype(hidden)), self.weight, self.bias, self.scaling)
 
     def _dtype(self, hidden: Tensor) -> torch.dtype:
         device = hidden.device.type
@@ -61,13 +63,13 @@ class LogprobHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> HeadOutput:
         """Log-probabilities of the targets [N] from hidden states [N, hidden size]."""
         found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
-            hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.shape, self.entropy, self.collision
+            hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.scaling, self.entropy, self.collision
         )
         return HeadOutput(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
 
 
 class _Head(torch.autograd.Function):
-    """`HeadOutput` of softmax(f(hidden @ weight^T + bias)), forward and backward in chunks; f is `HeadShape`.
+    """`HeadOutput` of softmax(f(hidden @ weight^T + bias)), forward and backward in chunks; f is `LogitScaling`.
 
     With p the softmax, z the logits and H the entropy:
 
@@ -86,14 +88,14 @@ class _Head(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        shape: HeadShape,
+        scaling: LogitScaling,
         entropy: bool,
         collision: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         columns: list[tuple[Tensor, ...]] = []
         p = None
         for chunk, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _logits(chunk, weight, bias, shape)
+            logits = _logits(chunk, weight, bias, scaling)
             p = logits.softmax(-1)
             # log sum exp z = max z - log max p: just as exact, and far cheaper than another pass of exponentials.
             normaliser = logits.amax(-1) - p.amax(-1).log()
@@ -106,8 +108,8 @@ class _Head(torch.autograd.Function):
             )
         logprobs, entropies, collisions = map(torch.cat, zip(*columns, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, entropies)
-        ctx.shape = shape
-        ctx.p = p if len(columns) == 1 and shape.cap is None and any(ctx.needs_input_grad) else None
+        ctx.scaling = scaling
+        ctx.p = p if len(columns) == 1 and scaling.cap is None and any(ctx.needs_input_grad) else None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(collisions)
         return logprobs, entropies, collisions
@@ -123,7 +125,7 @@ class _Head(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             kept, ctx.p = ctx.p, None  # it becomes the gradient, in place
-            logits = _logits(hidden[chunk], weight, bias, ctx.shape) if kept is None else None
+            logits = _logits(hidden[chunk], weight, bias, ctx.scaling) if kept is None else None
             p = kept if logits is None else logits.softmax(-1)
             scale = torch.zeros_like(p[:, 0]) if of_logprobs is None else -of_logprobs[chunk]
             if of_entropy is not None:
@@ -134,10 +136,10 @@ class _Head(torch.autograd.Function):
                 grad_logits = p.mul_(scale[:, None])
             if of_logprobs is not None:
                 grad_logits.scatter_add_(-1, targets[chunk, None], of_logprobs[chunk, None])
-            if ctx.shape.cap is not None and logits is not None:
-                grad_logits.mul_(1 - (logits / ctx.shape.cap).square())
-            if ctx.shape.scale != 1:
-                grad_logits.mul_(ctx.shape.scale)
+            if ctx.scaling.cap is not None and logits is not None:
+                grad_logits.mul_(1 - (logits / ctx.scaling.cap).square())
+            if ctx.scaling.scale != 1:
+                grad_logits.mul_(ctx.scaling.scale)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype)
@@ -159,12 +161,12 @@ class _Head(torch.autograd.Function):
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling) -> Tensor:
     linear = nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    return shaped(linear.float(), shape)
+    return scale_logits(linear.float(), scaling)
 
 
-def shaped(linear: Tensor, shape: HeadShape) -> Tensor:
+def scale_logits(linear: Tensor, scaling: LogitScaling) -> Tensor:
     """Logits from the LM head's linear output."""
-    logits = linear if shape.scale == 1 else shape.scale * linear
-    return logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()
+    logits = linear if scaling.scale == 1 else scaling.scale * linear
+    return logits if scaling.cap is None else scaling.cap * (logits / scaling.cap).tanh()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.divergence import divergences
-from modeling.heads import backbone_of, head_shape
+from modeling.heads import backbone_of, logit_scaling
 from modeling.logprobs import LogprobHead
 from modeling.packing import Packed
 
@@ -56,8 +56,8 @@ class TokenLogprobs(Trained):
         super().__init__(model)
         # In a list, so that it is not registered: neither trained, nor saved, nor sharded.
         self._references = [] if reference is None else [TokenLogprobs(reference.requires_grad_(False).eval())]
-        shape = head_shape(model)
-        self.head = LogprobHead(model.get_output_embeddings(), shape, entropy=entropy, collision=collision)
+        scaling = logit_scaling(model)
+        self.head = LogprobHead(model.get_output_embeddings(), scaling, entropy=entropy, collision=collision)
         self.value_head = None
         if value_head is not None:
             self.value_head = nn.Linear(value_head.shape[-1], 1, bias=False)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from contracts.errors import UserError
 from contracts.models import ModelInfo
-from modeling.heads import backbone_of, head_shape
+from modeling.heads import backbone_of, logit_scaling
 
 LENGTHS = (5, 48)
 """Lengths in tokens of the two test sequences."""
@@ -89,7 +89,7 @@ def check_architecture(path: Path, config: Any) -> str | None:
         return f"no small model of type {config.model_type} can be made to measure it ({type(error).__name__}: {error})"
     if model is None:
         return f"a model of type {config.model_type} with {LAYERS} layers is too large to be made only to measure it"
-    head_shape(model)
+    logit_scaling(model)
     require_independence(model, str(path))
     return None
 

@@ -31,7 +31,7 @@ from contracts.faults import Fault
 from contracts.model_size import size_from_config
 from contracts.pairwise import PairwiseChat
 from contracts.records import Message, Score
-from modeling.heads import head_shape
+from modeling.heads import logit_scaling
 from modeling.loading import load_causal, load_classifier
 from modeling.logprobs import PLAIN
 from modeling.rows import Row
@@ -230,7 +230,7 @@ def _load_plain(path: Path, dtype: torch.dtype) -> Any:
     """
     model = load_causal(path, dtype)
     biased = getattr(model.get_output_embeddings(), "bias", None) is not None
-    if biased or head_shape(model) != PLAIN:
+    if biased or logit_scaling(model) != PLAIN:
         raise UserError(
             f"{path} {'has a bias in' if biased else 'scales or bounds what comes out of'} its LM head, which vLLM "
             "leaves out where it makes a classifier of it. Set engine=transformers."

@@ -25,9 +25,9 @@ from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Score
-from modeling.heads import head_shape
+from modeling.heads import logit_scaling
 from modeling.loading import load_causal, load_token_classifier
-from modeling.logprobs import shaped
+from modeling.logprobs import scale_logits
 from modeling.packing import Packed
 from modeling.rows import Row
 
@@ -57,7 +57,7 @@ class ProcessRewardModel(ModelReader):
         self.labels: list[int] | None = None
         if is_causal:
             self.labels = list(self.steps.label_ids)
-            self.shape = head_shape(self.model)
+            self.scaling = logit_scaling(self.model)
         self.share_prompts()
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
@@ -147,7 +147,7 @@ class ProcessRewardModel(ModelReader):
             head = self.model.get_output_embeddings()
             bias = getattr(head, "bias", None)
             linear = nn.functional.linear(states, head.weight[self.labels], None if bias is None else bias[self.labels])
-            logits_N2 = shaped(linear.float(), self.shape)
+            logits_N2 = scale_logits(linear.float(), self.scaling)
         odds: list[float] = (logits_N2[:, 1] - logits_N2[:, 0]).tolist()
         return odds
 

@@ -24,7 +24,7 @@ from contracts.faults import Fault
 from contracts.records import Score
 from modeling.attention import attention_on, use_packed_attention
 from modeling.cpu import CpuDecoder, is_fast_here
-from modeling.heads import head_shape
+from modeling.heads import logit_scaling
 from modeling.logprobs import LogprobHead
 from modeling.modules import Trained
 from modeling.packing import Packed, pack
@@ -98,10 +98,10 @@ class ModelReader:
     def share_prompts_before_head(self) -> None:
         """`share_prompts` for models that are read through their LM head, if how they compute logits is known."""
         try:
-            shape = head_shape(self.model)
+            scaling = logit_scaling(self.model)
         except UserError:  # only the model's own forward pass computes them
             return
-        self.head = LogprobHead(self.model.get_output_embeddings(), shape)
+        self.head = LogprobHead(self.model.get_output_embeddings(), scaling)
         self.share_prompts()
 
     def share_prompts(self) -> None:

@@ -234,7 +234,7 @@ def test_reference_logprobs_of_a_model_without_a_known_head_are_its_own(tmp_path
 
     samples = samples_of(make_rollouts(2, 2))
     expected = open_scorer(tmp_path, models["tied"], "logprobs")(samples)
-    monkeypatch.setattr(annotation.models.reader, "head_shape", unknown)
+    monkeypatch.setattr(annotation.models.reader, "logit_scaling", unknown)
     scorer = open_scorer(tmp_path, models["tied"], "logprobs", max_length=63)
     assert scorer.facts["packing"] == "padded"
     for one, other in zip(scorer(samples), expected, strict=True):

@@ -15,8 +15,8 @@ from contracts.errors import UserError
 from modeling import logprobs as logprobs_module
 from modeling import packing as packing_module
 from modeling.attention import use_packed_attention
-from modeling.heads import head_shape
-from modeling.logprobs import PLAIN, HeadShape, LogprobHead
+from modeling.heads import logit_scaling
+from modeling.logprobs import PLAIN, LogitScaling, LogprobHead
 from modeling.modules import SequenceScores, TokenLogprobs, TokenValues
 from modeling.packing import pack
 from modeling.rows import Response, Row, token_ids
@@ -95,13 +95,13 @@ def test_a_packed_batch_by_hand() -> None:
 
 
 def test_a_head_that_does_more_than_is_known_is_refused() -> None:
-    for model_type, shape in (("llama", PLAIN), ("gemma2", HeadShape(1.0, 3.0)), ("cohere", HeadShape(0.5))):
-        assert head_shape(tiny_model(tiny_config(model_type))) == shape
+    for model_type, scaling in (("llama", PLAIN), ("gemma2", LogitScaling(1.0, 3.0)), ("cohere", LogitScaling(0.5))):
+        assert logit_scaling(tiny_model(tiny_config(model_type))) == scaling
     model = tiny_model(tiny_config("llama"))
     plain = model.lm_head.forward
     model.lm_head.forward = lambda hidden: plain(hidden).sinh()
     with pytest.raises(UserError, match="not known here"):
-        head_shape(model)
+        logit_scaling(model)
 
 
 @pytest.mark.parametrize("which", ["tied", "gqa"])
@@ -129,9 +129,11 @@ def test_logprobs_equal_those_of_full_logits(which: str, packing: Any, models: d
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("shape", [PLAIN, HeadShape(0.5), HeadShape(2.0, 1.5)], ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize(
+    "scaling", [PLAIN, LogitScaling(0.5), LogitScaling(2.0, 1.5)], ids=["plain", "scaled", "capped"]
+)
 def test_head_gradients(
-    shape: HeadShape, bias: bool, chunk: int, entropy: bool, monkeypatch: pytest.MonkeyPatch
+    scaling: LogitScaling, bias: bool, chunk: int, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
     torch.manual_seed(0)
@@ -143,11 +145,11 @@ def test_head_gradients(
         linear.zero_grad()
         hidden = torch.linspace(-1, 1, 35).view(7, 5).requires_grad_()
         if mine:
-            found = LogprobHead(linear, shape, entropy=True, collision=True)(hidden, targets)
+            found = LogprobHead(linear, scaling, entropy=True, collision=True)(hidden, targets)
             values, entropies, collisions = found
         else:
-            logits = shape.scale * linear(hidden)
-            logp = (logits if shape.cap is None else shape.cap * (logits / shape.cap).tanh()).log_softmax(-1)
+            logits = scaling.scale * linear(hidden)
+            logp = (logits if scaling.cap is None else scaling.cap * (logits / scaling.cap).tanh()).log_softmax(-1)
             values = logp.gather(-1, targets[:, None]).squeeze(-1)
             entropies, collisions = -(logp.exp() * logp).sum(-1), (2 * logp).logsumexp(-1)
         assert entropies is not None
