@@ -48,7 +48,7 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-class Shape(NamedTuple):
+class AttentionVariant(NamedTuple):
     """A layer's attention variant, in addition to the causal mask."""
 
     scaling: float | None
@@ -80,7 +80,7 @@ def attend(
     Args:
         query: [1, heads, T, head size]; key and value with as many heads or fewer (grouped queries).
         plan: the sequences' tokens.
-        scaling, sliding_window, softcap, s_aux: the fields of `Shape`, under transformers' names.
+        scaling, sliding_window, softcap, s_aux: the fields of `AttentionVariant`, under transformers' names.
 
     Returns:
         [1, T, heads, head size], as transformers expects it, and None in place of the attention weights.
@@ -91,15 +91,15 @@ def attend(
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # [T, heads, head size]
     # A window that no sequence exceeds has no effect.
     window = sliding_window if sliding_window is not None and sliding_window < plan.longest else None
-    shape = Shape(scaling, window, softcap, s_aux)
+    variant = AttentionVariant(scaling, window, softcap, s_aux)
     kernel = attention_on(query.device, dtype)
-    if kernel != "sdpa" and _fits(kernel, shape, query, value):
+    if kernel != "sdpa" and _fits(kernel, variant, query, value):
         compute = _flash if kernel == "flash_attn" else _varlen
         q, k, v = (tensor.index_select(0, plan.whole) for tensor in (query, key, value))
-        return compute(q, k, v, shape, plan).index_select(0, plan.whole_order)[None], None
+        return compute(q, k, v, variant, plan).index_select(0, plan.whole_order)[None], None
     explicit = softcap is not None or s_aux is not None
     if plan.spans and device == "cpu" and not explicit:
-        return attend_once(query, key, value, shape, plan)[None], None
+        return attend_once(query, key, value, variant, plan)[None], None
     group = _explicit if explicit else _sdpa
     parts = []
     for index in plan.groups:
@@ -107,12 +107,12 @@ def attend(
             tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
             for tensor in (query, key, value)
         )
-        parts.append(group(q, k, v, shape).flatten(0, 1))
+        parts.append(group(q, k, v, variant).flatten(0, 1))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.index_select(0, plan.order)[None], None
 
 
-def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+def attend_once(query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant, plan: PackingPlan) -> Tensor:
     """Compute attention over the `spans` of a flat batch, [T, heads, head size] each, without padding and with every
     token as a query exactly once.
 
@@ -127,20 +127,22 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: P
             if not length:
                 continue
             keys, values = _keys_with_prefix(before, own, k, v)
-            windowed = shape.window is not None and shape.window < width + length
-            mask = _mask_with_prefix(width, length, shape.window, q, plan) if width or windowed else None
+            windowed = variant.window is not None and variant.window < width + length
+            mask = _mask_with_prefix(width, length, variant.window, q, plan) if width or windowed else None
             for first in range(0, length, length if mask is None else QUERIES):
                 end = length if mask is None else min(first + QUERIES, length)
                 places = slice(own.start + first, own.start + end)
                 out[:, :, places] = scaled_dot_product_attention(
                     q[:, :, places], keys[:, :, : width + end], values[:, :, : width + end],
                     attn_mask=None if mask is None else mask[first:end, : width + end], is_causal=mask is None,
-                    scale=shape.scaling, enable_gqa=grouped,
+                    scale=variant.scaling, enable_gqa=grouped,
                 )  # fmt: skip
     return found
 
 
-def attend_once_at_last(query: Tensor, key: Tensor, value: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+def attend_once_last_token(
+    query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant, plan: PackingPlan
+) -> Tensor:
     """Compute `attend_once` for only the last token of each of S sequences: query [S, heads, head size]."""
     found = query.new_empty(*query.shape[:2], value.shape[-1])
     q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))
@@ -148,9 +150,9 @@ def attend_once_at_last(query: Tensor, key: Tensor, value: Tensor, shape: Shape,
     sequences = ((span.prompt, own) for span in plan.spans for own in span.responses)
     for place, (before, own) in enumerate(sequences):
         keys, values = _keys_with_prefix(before, own, k, v)
-        seen = slice(-min(keys.shape[2], shape.window or keys.shape[2]), None)
+        seen = slice(-min(keys.shape[2], variant.window or keys.shape[2]), None)
         out[:, :, place : place + 1] = scaled_dot_product_attention(
-            q[:, :, place : place + 1], keys[:, :, seen], values[:, :, seen], scale=shape.scaling, enable_gqa=grouped
+            q[:, :, place : place + 1], keys[:, :, seen], values[:, :, seen], scale=variant.scaling, enable_gqa=grouped
         )
     return found
 
@@ -173,62 +175,66 @@ def _mask_with_prefix(width: int, length: int, window: int | None, q: Tensor, pl
     return plan.masks[key]
 
 
-def _fits(kernel: str, shape: Shape, query: Tensor, value: Tensor) -> bool:
+def _fits(kernel: str, variant: AttentionVariant, query: Tensor, value: Tensor) -> bool:
     """Whether the variable-length kernel supports this attention."""
-    if shape.sinks is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    if variant.sinks is not None or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
         return False
-    return kernel == "flash_attn" or shape.softcap is None
+    return kernel == "flash_attn" or variant.softcap is None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: PackingPlan) -> Tensor:
     """Attention over concatenated sequences, [L, heads, head size] each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     found: Tensor = flash_attn_varlen_func(
         q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
-        softmax_scale=shape.scaling, causal=True, window_size=_kernel_window(shape), softcap=shape.softcap or 0.0,
+        softmax_scale=variant.scaling, causal=True, window_size=_kernel_window(variant), softcap=variant.softcap or 0.0,
     )  # fmt: skip
     return found
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, shape: Shape, plan: PackingPlan) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: PackingPlan) -> Tensor:
     """The same as `_flash`, by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     found: Tensor = varlen_attn(  # type: ignore[assignment]
         q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
-        scale=shape.scaling, window_size=_kernel_window(shape), enable_gqa=k.shape[1] != q.shape[1],
+        scale=variant.scaling, window_size=_kernel_window(variant), enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
     return found
 
 
-def _kernel_window(shape: Shape) -> tuple[int, int]:
+def _kernel_window(variant: AttentionVariant) -> tuple[int, int]:
     """The window to the left and right of a token, excluding the token itself, as the kernels expect; -1: unlimited."""
-    return (-1 if shape.window is None else shape.window - 1, 0)
+    return (-1 if variant.window is None else variant.window - 1, 0)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
     """Attention over right-padded sequences, [S, W, heads, head size] each; the causal mask hides the padding."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     grouped = k.shape[1] != q.shape[1]
-    mask = None if shape.window is None or shape.window >= q.shape[2] else _visible(q.shape[2], shape.window, q.device)
+    mask = (
+        None
+        if variant.window is None or variant.window >= q.shape[2]
+        else _visible(q.shape[2], variant.window, q.device)
+    )
     found = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scaling, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scaling, enable_gqa=grouped
     )
     return found.transpose(1, 2)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
     """The same as `_sdpa`, with materialised scores, for soft-capping and sinks."""
     groups = q.shape[2] // k.shape[2]
     k, v = (tensor.repeat_interleave(groups, dim=2) for tensor in (k, v))
-    scaling = q.shape[-1] ** -0.5 if shape.scaling is None else shape.scaling
+    scaling = q.shape[-1] ** -0.5 if variant.scaling is None else variant.scaling
     scores = torch.einsum("sihd,sjhd->shij", q, k) * scaling
-    if shape.softcap is not None:
-        scores = shape.softcap * (scores / shape.softcap).tanh()
-    scores = scores.masked_fill(~_visible(q.shape[1], shape.window, q.device), torch.finfo(scores.dtype).min)
-    if shape.sinks is not None:
-        sinks = shape.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+    if variant.softcap is not None:
+        scores = variant.softcap * (scores / variant.softcap).tanh()
+    scores = scores.masked_fill(~_visible(q.shape[1], variant.window, q.device), torch.finfo(scores.dtype).min)
+    if variant.sinks is not None:
+        sinks = variant.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[1]]
     return torch.einsum("shij,sjhd->sihd", weights, v)

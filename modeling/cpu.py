@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modeling.attention import Shape, attend_once, attend_once_at_last
+from modeling.attention import AttentionVariant, attend_once, attend_once_last_token
 from modeling.heads import backbone_of
 from modeling.packing import Packed
 
@@ -55,7 +55,7 @@ class _Layer(NamedTuple):
     window: int | None
 
 
-def is_fast_here(model: Any) -> bool:
+def has_fast_cpu_decoder(model: Any) -> bool:
     """Whether `CpuDecoder` supports this model and is faster than its own modules."""
     if model.device.type != "cpu" or model.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
@@ -86,7 +86,7 @@ class CpuDecoder:
         self._layers: list[_Layer] = []
         with torch.inference_mode():
             for place, layer in enumerate(backbone.layers):
-                self._layers.append(self._laid_out(layer))
+                self._layers.append(self._convert(layer))
                 backbone.layers[place] = nn.Identity()  # frees its weights
         backbone.layers = nn.ModuleList()
 
@@ -101,13 +101,15 @@ class CpuDecoder:
         turns = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())[:, None]
         for place, layer in enumerate(self._layers):
             last = only_last and place == len(self._layers) - 1
-            shape = Shape(layer.scaling, layer.window if (layer.window or 0) < plan.longest else None, None, None)
+            variant = AttentionVariant(
+                layer.scaling, layer.window if (layer.window or 0) < plan.longest else None, None, None
+            )
             query, key, value = self._heads(layer, states, turns)
             if last:
-                found = attend_once_at_last(query[batch.last], key, value, shape, plan)
+                found = attend_once_last_token(query[batch.last], key, value, variant, plan)
                 states = states[batch.last]
             else:
-                found = attend_once(query, key, value, shape, plan)
+                found = attend_once(query, key, value, variant, plan)
             states = layer.outputs.combined(found.flatten(1), states, "add")
             normed = _normed(states, layer.epsilons[1])
             states = layer.down.combined(layer.up.combined(normed, layer.gate(normed, "swish"), "mul"), states, "add")
@@ -124,17 +126,19 @@ class CpuDecoder:
         torch.view_as_complex(queries_and_keys.unflatten(2, (-1, 2))).mul_(turns)
         return heads[:, : self._queries], heads[:, self._queries : both], value
 
-    def _laid_out(self, layer: Any) -> _Layer:
+    def _convert(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         before = [attention.q_proj, attention.k_proj, attention.v_proj]
-        weights = [*(self._paired(each.weight) for each in before[:2]), before[2].weight]
+        weights = [*(self._interleave_halves(each.weight) for each in before[:2]), before[2].weight]
         bias = None
         if before[0].bias is not None:
-            bias = torch.cat([*(self._paired(each.bias) for each in before[:2]), before[2].bias])
+            bias = torch.cat([*(self._interleave_halves(each.bias) for each in before[:2]), before[2].bias])
         head_weights, head_epsilon = None, 0.0
         if hasattr(attention, "q_norm"):
             counted = ((attention.q_norm, self._queries), (attention.k_norm, self._keys))
-            head_weights = torch.cat([self._paired(norm.weight)[None].expand(heads, -1) for norm, heads in counted])
+            head_weights = torch.cat(
+                [self._interleave_halves(norm.weight)[None].expand(heads, -1) for norm, heads in counted]
+            )
             head_epsilon = float(attention.q_norm.variance_epsilon)
         first, second = layer.input_layernorm, layer.post_attention_layernorm
         window = getattr(attention, "sliding_window", None)
@@ -152,7 +156,7 @@ class CpuDecoder:
             window,
         )
 
-    def _paired(self, rows: Tensor) -> Tensor:
+    def _interleave_halves(self, rows: Tensor) -> Tensor:
         """Reorder each head's rows so that i and i + half, which are rotated together, are adjacent."""
         return rows.view(-1, 2, self._head_size // 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
 

@@ -45,7 +45,7 @@ def require_finite(model: Path) -> None:
         raise UserError(
             f"{model} holds weights that are NaN or infinite: {', '.join(broken[:3])}"
             f"{f' and {len(broken) - 3} more tensors' if len(broken) > 3 else ''}. Download the model again, or go "
-            "back to a checkpoint from before it broke (a training that diverged writes such)."
+            "back to an earlier checkpoint (a training that diverged writes such weights)."
         )
     _CHECKED.add(identity)
 

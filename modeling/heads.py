@@ -109,6 +109,6 @@ def _candidates(config: Any) -> list[LogitScaling]:
 
 def _unknown(model: Any) -> UserError:
     return UserError(
-        f"{type(model).__name__} makes its logits in a way that is not known here: they are not its LM head applied to "
-        "its last hidden states, scaled or soft-capped as its config says. Choose another model."
+        f"{type(model).__name__} computes its logits in an unsupported way: they are not the output of its LM head for "
+        "its last hidden states, scaled or soft-capped as in its config. Choose another model."
     )

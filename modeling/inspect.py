@@ -56,22 +56,22 @@ def examine_model(stage: Inspected, model: Path, renders: Renders) -> Iterator[F
             return
     chat = ChatTokenizer(model, variables, date)
     if renders != "nothing":
-        yield from rendered(stage, chat, renders)
-    note(stage, chat)
+        yield from check_rendering(stage, chat, renders)
+    record_probes(stage, chat)
 
 
-def note(stage: Inspected, chat: ChatTokenizer) -> None:
+def record_probes(stage: Inspected, chat: ChatTokenizer) -> None:
     """Report to the driver how a model's tokenizer behaves in this environment, for comparison with the others."""
     stage.report.probes[str(chat.path)] = probes(chat, stage)
     stage.report.vocabularies[str(chat.path)] = chat.vocabulary
 
 
-def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
+def check_rendering(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterator[Finding]:
     """Check that the chat template renders the user's conversations; report the first one that it refuses."""
     answers = renders == "answers"
-    judge = PairwiseChat(chat.path, chat.variables, chat.date) if renders == "comparisons" else None
-    if judge is not None:
-        _ = judge.label_ids  # raises unless each label is a single token
+    pairwise = PairwiseChat(chat.path, chat.variables, chat.date) if renders == "comparisons" else None
+    if pairwise is not None:
+        _ = pairwise.label_ids  # raises unless each label is a single token
     conversations = stage.prompts()
     refused: list[str] = []
     drops = getattr(stage.config, "refused", "error") == "drop"
@@ -81,8 +81,8 @@ def rendered(stage: Inspected, chat: ChatTokenizer, renders: Renders) -> Iterato
             messages = with_answer(messages, ANSWER.content)
         try:
             tools = UNSET if conversation.tools is None else conversation.tools
-            if judge is not None:
-                judge.token_ids(messages, ANSWER.content, OTHER.content, conversation.place, tools)
+            if pairwise is not None:
+                pairwise.token_ids(messages, ANSWER.content, OTHER.content, conversation.place, tools)
             else:
                 chat.conversation(messages, tools=tools, for_answer=not answers, what=conversation.place)
         except UserError as error:
@@ -119,7 +119,7 @@ def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Findin
     """
     try:
         info = ModelInfo.read(model)
-        code = own_code(model)
+        code = check_support(model)
         if code.level == "error":
             return [code]
         chat = ChatTokenizer(model, variables, TODAY)
@@ -133,7 +133,7 @@ def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Findin
                 "Save the tokenizer again with save_pretrained, as one that needs no code of its own.",
             )
         ]
-    findings = [code, vocabulary(chat, embedding_rows(model))]
+    findings = [code, check_vocabulary(chat, embedding_rows(model))]
     if not chat.tokenizer.chat_template:
         return [*findings, _no_template(info)]
     messages = [QUESTION, ANSWER]
@@ -146,21 +146,21 @@ def inspect(model: Path, variables: dict[str, Any] | None = None) -> list[Findin
         fix = "Fix chat_template.jinja, or take that of the model's authors."
         return [*findings, Finding("error", f"its chat template fails: {_first_line(error)}", fix)]
     rendered = f"its chat template renders a conversation of {len(messages)} turns in {len(whole)} tokens"
-    findings += [Finding("ok", rendered), bos(chat, messages, prompt)]
+    findings += [Finding("ok", rendered), check_bos(chat, messages, prompt)]
     if chat.template.reads_clock():
         findings.append(
             Finding("ok", "its chat template writes the date: the day on which the run was made, or `date`")
         )
     if info.labels is None:
-        findings.append(answers(chat))
-        findings.append(turn_end(chat, messages))
-        findings.append(padding(chat.tokenizer))
+        findings.append(check_answers(chat))
+        findings.append(check_turn_end(chat, messages))
+        findings.append(check_padding(chat.tokenizer))
     else:
-        findings.append(thoughts(chat))
+        findings.append(check_thoughts(chat))
     return findings
 
 
-def own_code(model: Path) -> Finding:
+def check_support(model: Path) -> Finding:
     """Whether transformers knows the architecture, or would need code that comes with the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -190,25 +190,25 @@ def embedding_rows(model: Path) -> int | None:
     return None if rows is None else int(rows)
 
 
-def vocabulary(chat: ChatTokenizer, rows: int | None) -> Finding:
+def check_vocabulary(chat: ChatTokenizer, rows: int | None) -> Finding:
     """Check that the embedding has a row for every token of the tokenizer, EOS included."""
     tokenizer = chat.tokenizer
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if rows is None:
-        found = f"its tokenizer has {size} tokens; how many the model knows is not said"
+        found = f"its tokenizer has {size} tokens; the number of rows of the embedding is unknown"
         return Finding("warning", found, "Save the model again with save_pretrained.")
     if size > rows:
         eos = tokenizer.eos_token_id
         which = f"its EOS {tokenizer.eos_token!r}" if eos is not None and eos >= rows else "the others"
         return Finding(
             "error",
-            f"its tokenizer has {size} tokens, but the model knows only {rows}: {which} would be an error",
-            "Take the tokenizer that belongs to these weights, or resize the embeddings (resize_token_embeddings).",
+            f"its tokenizer has {size} tokens, but the embedding has only {rows} rows: {which} would be an error",
+            "Use the tokenizer that belongs to these weights, or resize the embeddings (resize_token_embeddings).",
         )
     return Finding("ok", f"its tokenizer has {size} tokens for {rows} rows of the embedding")
 
 
-def bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -> Finding:
+def check_bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -> Finding:
     """Check that a conversation begins with at most one BOS, in Ratchet and in programs that tokenize rendered text."""
     tokenizer = chat.tokenizer
     begin = tokenizer.bos_token_id
@@ -239,29 +239,29 @@ def _leading(ids: list[int], token: int) -> int:
     return next((place for place, found in enumerate(ids) if found != token), len(ids))
 
 
-def answers(chat: ChatTokenizer) -> Finding:
+def check_answers(chat: ChatTokenizer) -> Finding:
     """Check that supervised fine-tuning can append a plain answer to the prompts that generation renders."""
     if chat.stop_ids and chat.prompt_and_answer([QUESTION, ANSWER]) == "no_thinking":
         return Finding(
             "warning",
-            "its prompts begin to think for the model (<think>), so that supervised fine-tuning drops demonstrations "
+            "its prompts already open the model's thoughts (<think>), so supervised fine-tuning drops demonstrations "
             "without thoughts (no_thinking)",
-            "Give demonstrations with their thoughts, or set chat_template_kwargs so that prompts do not think (often "
+            "Use demonstrations with thoughts, or set chat_template_kwargs so that prompts do not open them (often "
             "enable_thinking: false).",
         )
-    return Finding("ok", "answers are tokenized as generation goes on from their prompts")
+    return Finding("ok", "answers are tokenized as continuations of the prompts that generation renders")
 
 
-def thoughts(chat: ChatTokenizer) -> Finding:
+def check_thoughts(chat: ChatTokenizer) -> Finding:
     """Check whether the chat template keeps the thoughts in an answer that a reward model scores."""
     text = chat.render([QUESTION, Message("assistant", f"<think>\n{SYSTEM.content}\n</think>\n\n{ANSWER.content}")])
     if SYSTEM.content in text:
-        return Finding("ok", "it is shown whole answers, with thoughts (<think>) if they have some")
-    found = "its chat template leaves out the thoughts (<think>...</think>) of answers: it judges what follows them"
-    return Finding("warning", found, "Take another reward model if thoughts are to be judged.")
+        return Finding("ok", "it sees whole answers, including thoughts (<think>)")
+    found = "its chat template leaves out the thoughts (<think>...</think>) of answers: it scores only what follows"
+    return Finding("warning", found, "Use another reward model if thoughts should be scored.")
 
 
-def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
+def check_turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
     """Check that generation stops at the token with which the template ends an assistant's turn."""
     tokenizer, stops = chat.tokenizer, chat.stop_ids
     named = {stop: tokenizer.convert_ids_to_tokens(stop) for stop in stops}
@@ -269,7 +269,7 @@ def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
         of = f"no EOS token that its tokenizer has (eos_token_id is {', '.join(map(str, stops))})"
         return Finding(
             "error",
-            f"it names {of if stops else 'no EOS token'}, so that no answer would ever end",
+            f"it names {of if stops else 'no EOS token'}, so no answer would ever end",
             'Set eos_token in tokenizer_config.json, or "eos_token_id" in generation_config.json.',
         )
     known = ", ".join(
@@ -283,8 +283,8 @@ def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
     if end is None:
         return Finding(
             "warning",
-            f"its chat template writes nothing behind an assistant's answer; generation stops at {known}",
-            "If the model ends its answers with EOS, write {{ eos_token }} behind them in chat_template.jinja.",
+            f"its chat template writes nothing after an assistant's answer; generation stops at {known}",
+            "If the model ends its answers with EOS, write {{ eos_token }} after them in chat_template.jinja.",
         )
     name = repr(tokenizer.convert_ids_to_tokens(end))
     if end in stops:
@@ -293,12 +293,12 @@ def turn_end(chat: ChatTokenizer, messages: list[Message]) -> Finding:
     return Finding(
         "error" if end in special else "warning",
         f"its chat template ends an assistant's turn with {name}, but generation stops only at {known}: answers would "
-        "go on past their end",
+        "continue past their end",
         f'Add {end} to the list "eos_token_id" in generation_config.json.',
     )
 
 
-def padding(tokenizer: Any) -> Finding:
+def check_padding(tokenizer: Any) -> Finding:
     """Report the padding token; it makes no difference to Ratchet."""
     if tokenizer.pad_token_id is None:
         return Finding("ok", "it has no padding token, which is fine: sequences are masked by their length")

@@ -57,8 +57,8 @@ def read_config(model: Path) -> Any:
     except Exception as error:  # depending on the config, it can raise anything
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{model} needs Python code of its own to be loaded (auto_map in its config.json), which is never run. "
-                "Choose a model whose architecture transformers has itself."
+                f"{model} needs its own Python code (auto_map in its config.json), which is never run. Choose a model "
+                "whose architecture is part of transformers."
             ) from error
         raise UserError(
             f"transformers cannot read the configuration of {model}: {_in_one_line(error)}. Check its config.json."
@@ -89,7 +89,7 @@ def empty_model(auto: Any, config: Any) -> Any:
             return auto.from_config(copy.deepcopy(config))
     except Exception as error:  # depending on the config, it can raise anything
         raise UserError(
-            f"transformers cannot make the model that config.json describes ({config.model_type}): "
+            f"transformers cannot build the model that config.json describes ({config.model_type}): "
             f"{_in_one_line(error)}. Check it, or choose a model of another architecture."
         ) from error
 
@@ -170,8 +170,8 @@ def _require_one_head(model: Path, tied: Mapping[str, str]) -> None:
         one, other = stored.get(first), stored.get(second)
         if one is not None and other is not None and not is_equal(one, other):
             raise UserError(
-                f"{model} holds {first} and {second}, which are one tensor by config.json (tie_word_embeddings), but "
-                "differ: an engine would use another one than training. Set tie_word_embeddings to false in it."
+                f"{model} holds {first} and {second}, which are tied according to config.json (tie_word_embeddings), "
+                "but differ: engines and training would use different ones. Set tie_word_embeddings to false in it."
             )
 
 
@@ -210,7 +210,7 @@ def load_token_classifier(model: Path, dtype: torch.dtype) -> Any:
     """
     loaded = _load(_token_class(ModelInfo.read(model)), model, dtype)
     if not hasattr(loaded, "score"):
-        raise UserError(f"{type(loaded).__name__} has no module `score` as its head; choose another model.")
+        raise UserError(f"{type(loaded).__name__} has no head called `score`. Choose another model.")
     return loaded
 
 
@@ -231,7 +231,7 @@ def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = Fa
     else:
         loaded = _load(auto, model, dtype, new_head=not has_head, master=master, num_labels=1)
     if not hasattr(loaded, "score"):
-        raise UserError(f"{type(loaded).__name__} has no linear layer `score` as its head; choose another model.")
+        raise UserError(f"{type(loaded).__name__} has no linear head called `score`. Choose another model.")
     if not has_head:
         if empty:
             loaded.score.weight = nn.Parameter(torch.empty(loaded.score.weight.shape, dtype=dtype))
@@ -320,25 +320,25 @@ def _require_complete(report: Mapping[str, Any], model: Path, class_name: str, n
     missing = sorted(name for name in report["missing_keys"] if not (new_head and name == NEW_HEAD))
     if missing:
         raise UserError(
-            f"{model} lacks {_named(missing)}, which {class_name} needs and which would be random numbers. "
-            "Download or save the whole model again."
+            f"{model} lacks {_named(missing)}, which {class_name} needs and which would stay random. Download or save "
+            "the whole model again."
         )
     wrong = sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"])
     wrong = [entry for entry in wrong if not (new_head and entry[0] == NEW_HEAD)]
     if wrong:
         name, found, wanted = wrong[0]
         raise UserError(
-            f"{model} holds {_named([name for name, _, _ in wrong])} in another shape than config.json describes: "
-            f"{name} is {list(found)}, {class_name} needs {list(wanted)}. config.json and weights are of different "
+            f"{model} holds {_named([name for name, _, _ in wrong])} with another shape than config.json implies: "
+            f"{name} is {list(found)}, {class_name} needs {list(wanted)}. config.json and weights belong to different "
             "models: download or save both again."
         )
     harmless = [LEFTOVER, HEAD] if class_name.endswith(CLASSIFIERS) else [LEFTOVER]
     unread = sorted(name for name in report["unexpected_keys"] if not any(each.search(name) for each in harmless))
     if unread:
         raise UserError(
-            f"{model} holds {_named(unread)}, which {class_name} has no place for, so that the model would be "
-            "another than the one that was saved. Check architectures and the number of layers in config.json, "
-            "or save the model again by the class that it is to be loaded as."
+            f"{model} holds {_named(unread)}, which {class_name} does not have, so the loaded model would differ from "
+            "the saved one. Check architectures and the number of layers in config.json, or save the model again with "
+            "the class that loads it."
         )
 
 

@@ -42,7 +42,7 @@ def require_independence(model: Any, name: str) -> None:
     alone = [_states(model, ids[:1, :short])[0], _states(model, ids[1:])[0]]
     compared = {
         "a sequence padded on the right": (together[0, :short], alone[0]),
-        "a sequence beside a shorter one": (together[1], alone[1]),
+        "a sequence next to a shorter one": (together[1], alone[1]),
         "the beginning of a sequence": (_states(model, ids[1:, : long // 2])[0], alone[1][: long // 2]),
     }
     tolerance = 1e-3 if together.dtype == torch.float32 else 5e-2
@@ -86,9 +86,9 @@ def check_architecture(path: Path, config: Any) -> str | None:
     try:
         model = _reduced_model(config)
     except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, ImportError) as error:
-        return f"no small model of type {config.model_type} can be made to measure it ({type(error).__name__}: {error})"
+        return f"no small test model of type {config.model_type} can be built ({type(error).__name__}: {error})"
     if model is None:
-        return f"a model of type {config.model_type} with {LAYERS} layers is too large to be made only to measure it"
+        return f"a model of type {config.model_type} with {LAYERS} layers is too large to be built only for a test"
     logit_scaling(model)
     require_independence(model, str(path))
     return None

@@ -56,8 +56,8 @@ def require_pooling(model: ModelInfo, what: str) -> None:
     known = _installed_architectures()
     if known is None:
         raise UserError(
-            "engine=vllm needs vLLM, which this environment lacks. A run takes the environment of generation, unless "
-            "the scorer names another one; alone, give the command to that one's Python (pipeline env python "
+            "engine=vllm needs vLLM, which this environment lacks. A run uses the generation environment, unless the "
+            "scorer names another one; to run the stage alone, use that environment's Python (pipeline env python "
             "generation)."
         )
     if model.architecture.replace("ForSequenceClassification", "ForCausalLM") not in known:

@@ -89,36 +89,36 @@ class RankLayout:
         names = {"dp": "dp", "tp": "tp", "pp": "pp", "shard": "sharding", "vocab": "vocabulary", "layers": "layers"}
         items = [item for part in text.split(",") if (item := part.strip())]
         if not items:
-            raise UserError(f"layout {text!r} says nothing. Write it like tp=4,pp=2; tp=1 is the whole checkpoint.")
+            raise UserError(f"layout {text!r} is empty. Write it like tp=4,pp=2; tp=1 is the whole checkpoint.")
         for item in items:
             key, _, value = item.partition("=")
             if key not in names:
                 raise UserError(
-                    f"layout {text!r}: {key!r} is no key of it.{did_you_mean(key, names)} Write it like tp=4,pp=2; the "
+                    f"layout {text!r}: {key!r} is not a key.{did_you_mean(key, names)} Write it like tp=4,pp=2; the "
                     f"keys are {', '.join(names)}."
                 )
             if names[key] in found:
-                raise UserError(f"layout {text!r}: {key!r} is there twice. Give it once.")
+                raise UserError(f"layout {text!r}: {key!r} occurs twice. Give it once.")
             choices = {"shard": get_args(Sharding), "vocab": get_args(Vocabulary)}.get(key)
             if choices is not None:
                 if value not in choices:
-                    raise UserError(f"layout {text!r}: {key}={value!r} is none of {', '.join(choices)}.")
+                    raise UserError(f"layout {text!r}: {key}={value!r} is not one of {', '.join(choices)}.")
                 found[names[key]] = value
                 continue
             numbers = value.split("+") if key == "layers" else [value]
             if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-                example = "numbers from 1 on like 9+7" if key == "layers" else "a number from 1 on"
+                example = "positive numbers like 9+7" if key == "layers" else "a positive number"
                 raise UserError(f"layout {text!r}: {key}={value!r} is not {example}.")
             found[names[key]] = tuple(map(int, numbers)) if key == "layers" else int(value)
         layout = cls(**found)
         if layout.ranks > MOST_RANKS:
             raise UserError(
-                f"layout {text!r} has {layout.ranks:,} ranks, and at most {MOST_RANKS:,} are planned. Lower dp, tp "
-                "or pp."
+                f"layout {text!r} has {layout.ranks:,} ranks, but at most {MOST_RANKS:,} are supported. Lower dp, "
+                "tp or pp."
             )
         if layout.layers and len(layout.layers) != layout.pp:
             raise UserError(
-                f"layout {text!r}: layers has {len(layout.layers)} numbers, but pp={layout.pp}. Give one a stage."
+                f"layout {text!r}: layers has {len(layout.layers)} numbers, but pp={layout.pp}. Give one per stage."
             )
         return layout
 
@@ -250,7 +250,7 @@ class Division:
                 self._bounds = [sum(layout.layers[:stage]) for stage in range(layout.pp + 1)]
             if self._bounds[-1] != layers or layout.pp > layers:
                 raise UserError(
-                    f"layout {layout}: {self.name} has {layers} layers, which these pipeline stages do not divide. Set "
+                    f"layout {layout}: {self.name} has {layers} layers, which do not fit these pipeline stages. Set "
                     f"pp to at most {layers}, and layers to numbers that add up to it."
                 )
         for tensor in self.tensors.values():
@@ -275,22 +275,22 @@ class Division:
         if self.layout.dp > most:
             what = "numbers" if sharding == "flat" else "rows"
             raise UserError(
-                f"layout {self.layout}: no tensor of {self.name} has more than {most} {what}, so that some of the "
-                f"{self.layout.dp:,} shards would have nothing. Set dp to at most {most}."
+                f"layout {self.layout}: no tensor of {self.name} has more than {most} {what}, so some of the "
+                f"{self.layout.dp:,} shards would be empty. Set dp to at most {most}."
             )
 
     def _require_known(self) -> None:
         architecture = str((self.config.get("architectures") or ["unknown"])[0])
         if architecture not in {family + head for family in FAMILIES for head in HEADS}:
             raise UserError(
-                f"{self.name} is a {architecture}; how tensor and pipeline parallelism divide it is not known, only "
+                f"{self.name} is a {architecture}; tensor and pipeline parallelism support only "
                 f"{', '.join(FAMILIES)} models. Set tp and pp to 1; shard=rows or shard=flat divide any model."
             )
 
     def _number(self, key: str) -> int:
         value = self._text.get(key)
         if not isinstance(value, int):
-            raise UserError(f"the config.json of {self.name} has {key} {value!r}, which is no whole number.")
+            raise UserError(f"the config.json of {self.name} has {key} {value!r}, which is not an integer.")
         return value
 
     def _divide(self, tensor: GlobalTensor) -> Iterator[tuple[int, LocalPart]]:
@@ -315,7 +315,7 @@ class Division:
             layer = int(found[1])
             if layer >= self._bounds[-1]:
                 raise UserError(
-                    f"{self.name} holds {tensor.name}, but has {self._bounds[-1]} layers by its config.json."
+                    f"{self.name} holds {tensor.name}, but has {self._bounds[-1]} layers according to its config.json."
                 )
             stage = next(number for number, end in enumerate(self._bounds[1:]) if layer < end)
             return (stage,), self._cuts_in_layer(tensor, found[2])
@@ -331,8 +331,8 @@ class Division:
             if kind in ("weight", "bias", "lora_A", "lora_B"):
                 return stages, whole
         raise UserError(
-            f"{self.name} holds {tensor.name}, and how tensor and pipeline parallelism divide that is not known. Set "
-            "tp and pp to 1; shard=rows or shard=flat divide any model."
+            f"{self.name} holds {tensor.name}, which tensor and pipeline parallelism do not support. Set tp and pp to "
+            "1; shard=rows or shard=flat divide any model."
         )
 
     def _is_second_head(self, name: str) -> bool:
@@ -363,8 +363,8 @@ class Division:
             dim = None
         else:
             raise UserError(
-                f"{self.name} holds {tensor.name}, and how tensor parallelism divides that is not known. Set tp and pp "
-                "to 1; shard=rows or shard=flat divide any model."
+                f"{self.name} holds {tensor.name}, which tensor parallelism does not support. Set tp and pp to 1; "
+                "shard=rows or shard=flat divide any model."
             )
         if dim is None:
             return [None] * self.layout.tp
@@ -384,7 +384,7 @@ class Division:
         if size % units:
             raise UserError(
                 f"{tensor.name} of {self.name} has shape {list(tensor.shape)}, which its {key} ({units}) do not "
-                "divide. config.json and weights are of different models."
+                "divide. config.json and weights belong to different models."
             )
         length = size // units
         if units % tp == 0:
@@ -427,7 +427,9 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
         elif found := OUTSIDE.fullmatch(tensor.name):
             outside[f"{found[1]}.{found[2]}"] = tensor
     if (beyond := max(inside, default=0)) >= layers:
-        raise UserError(f"{name} holds tensors of layer {beyond}, but has {layers} layers by its config.json.")
+        raise UserError(
+            f"{name} holds tensors of layer {beyond}, but has {layers} layers according to its config.json."
+        )
     of_layer = {f"{module}.weight" for module in OF_EVERY_LAYER}.union(*inside.values())
     missing = [f"{prefix}layers.{n}.{kind}" for n, held in inside.items() for kind in sorted(of_layer - held.keys())]
     needed = {"embed_tokens.weight": prefix, "norm.weight": prefix}
@@ -446,8 +448,8 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
             wanted = _shape_by(text, kind)
             if wanted is not None and tensor.shape != wanted:
                 raise UserError(
-                    f"{tensor.name} of {name} has shape {list(tensor.shape)}, and by config.json it should have "
-                    f"{list(wanted)}. config.json and weights are of different models: save or download it again."
+                    f"{tensor.name} of {name} has shape {list(tensor.shape)}, but config.json implies "
+                    f"{list(wanted)}. config.json and weights belong to different models: save or download it again."
                 )
 
 

@@ -177,7 +177,7 @@ def _others(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[st
             continue
         name = name.removeprefix(f"{ORIGIN}/")
         if name == RELEASED:
-            raise UserError(f"the weights of {model.path} were deleted by `pipeline gc`. Have them made again first.")
+            raise UserError(f"the weights of {model.path} were deleted by `pipeline gc`. Rebuild them first.")
         if path.suffix in OTHER_WEIGHTS:
             left_out.append(name)
         else:
@@ -212,7 +212,7 @@ def _require_same(target: Path, record: DividedRecord | None, outputs: Sequence[
         there = False
     if not there:
         raise UserError(
-            f"output {target} exists and is not what would be written there. Choose another by --output, or remove it."
+            f"output {target} exists with other content. Choose another output with --output, or remove it."
         )
 
 
@@ -235,4 +235,4 @@ def _published(model: StoredModel) -> dict[str, str]:
     except msgspec.DecodeError:  # a file of the same name that Ratchet did not write
         return {}
     except ValueError as error:
-        raise UserError(f"{path} is not what was published ({error}). Divide the checkpoint again.") from error
+        raise UserError(f"{path} is not the published manifest ({error}). Divide the checkpoint again.") from error

@@ -191,7 +191,7 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> 
     while into:
         count = os.preadv(descriptor, [into], offset)
         if count == 0:
-            raise UserError(f"{file} is cut off: it ends before byte {offset}. {AGAIN}")
+            raise UserError(f"{file} is truncated: it ends before byte {offset}. {AGAIN}")
         into, offset = into[count:], offset + count
 
 
@@ -251,8 +251,8 @@ def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
         elements = GlobalTensor(tensor.name, tensor.dtype, tensor.shape).elements
         if tensor.start != place or tensor.end - tensor.start != elements * item_bytes(tensor.dtype):
             raise UserError(
-                f"{path}: the bytes of {tensor.name} ({tensor.dtype}) are not {elements} whole numbers right behind "
-                "the tensor before. Save the model again."
+                f"{path}: the bytes of {tensor.name} ({tensor.dtype}) are not {elements} whole elements right after "
+                "the previous tensor. Save the model again."
             )
         place = tensor.end
     return {tensor.name: tensor for tensor in found}
@@ -271,7 +271,7 @@ def _rank_tensors(path: Path, files: tuple[str, ...]) -> dict[str, StoredTensor]
 def _config_of(path: Path, base: Path | None) -> Mapping[str, Any]:
     """The config.json with the numbers of heads and layers: the model's own, or for an adapter that of its base."""
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} is no directory. Give one written by save_pretrained or by Ratchet.")
+        raise UserError(f"checkpoint {path} is not a directory. Give one written by save_pretrained or by Ratchet.")
     folder = path
     if (path / ADAPTER).is_file():
         named = json.loads((path / ADAPTER).read_bytes()).get("base_model_name_or_path")
@@ -282,7 +282,7 @@ def _config_of(path: Path, base: Path | None) -> Mapping[str, Any]:
                 "layers there are. Give that model's directory with --base."
             )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json. Give one written by save_pretrained.")
+        raise UserError(f"{folder} is not a checkpoint: it has no config.json. Give one written by save_pretrained.")
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except ValueError as error:

@@ -137,9 +137,9 @@ def write_files(
             found, *_ = [share.result() for share in writing]
             if found != published.get(output.name):
                 raise UserError(
-                    f"{output.name}, put together from the files of the ranks in {model.path}, is not the one that "
-                    f"was published: its SHA-256 is not that in {ORIGIN}/{MANIFEST}. A rank's file was changed or "
-                    "damaged: divide the checkpoint again."
+                    f"{output.name}, joined from the ranks' files in {model.path}, differs from the published file: "
+                    f"its SHA-256 is not the one in {ORIGIN}/{MANIFEST}. A rank's file was changed or damaged: divide "
+                    "the checkpoint again."
                 )
 
     with contextlib.ExitStack() as stack:

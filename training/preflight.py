@@ -59,9 +59,9 @@ def _check_weights(model: Path, *, classifies: bool) -> Finding:
 def _note_tokenizer(stage: Inspected, model: Path) -> None:
     if ModelInfo.read(model).has_tokenizer:
         from contracts.chat import ChatTokenizer
-        from modeling.inspect import note
+        from modeling.inspect import record_probes
 
-        note(stage, ChatTokenizer(model))
+        record_probes(stage, ChatTokenizer(model))
 
 
 def check_trained(config: TrainingConfig, *, classifies: bool) -> None:

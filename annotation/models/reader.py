@@ -23,7 +23,7 @@ from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.records import Score
 from modeling.attention import attention_on, use_packed_attention
-from modeling.cpu import CpuDecoder, is_fast_here
+from modeling.cpu import CpuDecoder, has_fast_cpu_decoder
 from modeling.heads import logit_scaling
 from modeling.logprobs import LogprobHead
 from modeling.modules import Trained
@@ -117,7 +117,7 @@ class ModelReader:
         expected = _flat(self._padded(rows))
         before = [(each, each._attn_implementation) for each in (config.get_text_config(), config)]
         use_packed_attention(self.model)
-        if is_fast_here(self.model):
+        if has_fast_cpu_decoder(self.model):
             self._decoder = CpuDecoder(self.model)
         found = _flat(self._shared(rows))
         scale = max(1.0, *map(abs, expected))

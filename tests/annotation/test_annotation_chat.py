@@ -194,12 +194,12 @@ def test_the_fingerprint_knows_all_that_makes_ids_of_text(tmp_path: Path) -> Non
 
 def test_a_pairwise_judge_is_asked_about_the_users_own_conversations_before_anything_runs(tmp_path: Path) -> None:
     from contracts.preflight import findings_of
-    from modeling.inspect import rendered
+    from modeling.inspect import check_rendering
 
     def found(template: str, *messages: Message, tools: Any = None) -> list[tuple[str, str]]:
         chat = chat_of(tmp_path, template)
         stage = Inspected("score", None, frozenset(), (Conversation("line 3", "prompts", messages, tools),))
-        return [(one.level, one.found) for one in findings_of(lambda: rendered(stage, chat, "comparisons"))]
+        return [(one.level, one.found) for one in findings_of(lambda: check_rendering(stage, chat, "comparisons"))]
 
     ((level, _),) = found(NO_SYSTEM, SYSTEM, USER, CALLING, TOLD, tools=(TOOL,))  # all of it in one user's turn
     assert level == "ok"

@@ -6,7 +6,7 @@ import torch
 import transformers
 from annotation_world import tiny_config
 
-from modeling.cpu import CpuDecoder, is_fast_here
+from modeling.cpu import CpuDecoder, has_fast_cpu_decoder
 from modeling.heads import backbone_of
 from modeling.packing import pack
 from modeling.rows import Response, Row
@@ -61,7 +61,7 @@ def test_states_are_those_of_each_sequence_alone(case):
     predicting = torch.cat(
         [states[len(row.prompt) - 1 : -1] for states, row in zip(alone, each_response(rows), strict=True)]
     )
-    assert is_fast_here(model)
+    assert has_fast_cpu_decoder(model)
     decoder = CpuDecoder(model)
     with torch.inference_mode():
         every, last = decoder(batch, only_last=False), decoder(batch, only_last=True)
@@ -80,12 +80,12 @@ def each_response(rows):
     [("Gemma2Config", {}), ("GPT2Config", {"n_head": 2, "n_embd": 32}), ("LlamaConfig", {"hidden_act": "gelu"})],
 )
 def test_other_models_keep_their_own_forward_pass(family, changes):
-    assert not is_fast_here(model_of(family, **changes))
+    assert not has_fast_cpu_decoder(model_of(family, **changes))
 
 
 def test_so_do_half_precision_and_layers_that_are_no_plain_matrices():
-    assert not is_fast_here(model_of("LlamaConfig").to(torch.bfloat16))
+    assert not has_fast_cpu_decoder(model_of("LlamaConfig").to(torch.bfloat16))
     model = model_of("LlamaConfig")
-    assert is_fast_here(model)
+    assert has_fast_cpu_decoder(model)
     model.model.layers[1].mlp.up_proj = type("Adapted", (torch.nn.Linear,), {})(48, 64)
-    assert not is_fast_here(model)
+    assert not has_fast_cpu_decoder(model)

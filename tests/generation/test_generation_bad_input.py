@@ -123,7 +123,7 @@ def test_more_devices_than_there_are() -> None:
     [
         ("missing", "lacks model.norm.weight, which LlamaForCausalLM needs"),
         ("nan", "NaN or infinite: model.norm.weight"),
-        ("shape", "in another shape than config.json describes"),
+        ("shape", "with another shape than config.json implies"),
         ("small", r"has only 5 rows \(vocab_size in config.json\)"),
     ],
 )

@@ -95,4 +95,4 @@ def test_tensors_that_one_lacks_and_other_shapes_and_formats(
 def test_a_mistake_is_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_checkpoint(tmp_path / "model")
     assert main(["diff", str(model), str(tmp_path / "nothing")]) == 2
-    assert "is no directory" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err

@@ -282,10 +282,10 @@ def test_uneven_stages() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tp=0", "tp='0' is not a number from 1 on"),
-        ("tp=2,tp=4", "'tp' is there twice"),
-        ("tq=2", r"'tq' is no key of it. Did you mean 'tp'"),
-        ("shard=columns", "shard='columns' is none of none, rows, flat"),
+        ("tp=0", "tp='0' is not a positive number"),
+        ("tp=2,tp=4", "'tp' occurs twice"),
+        ("tq=2", r"'tq' is not a key. Did you mean 'tp'"),
+        ("shard=columns", "shard='columns' is not one of none, rows, flat"),
         ("pp=2,layers=3", "layers has 1 numbers, but pp=2"),
     ],
 )
@@ -305,9 +305,9 @@ def test_a_layout_is_written_as_it_is_read(text: str) -> None:
         ("tp=3", {}, r"tp=3 does not divide num_attention_heads \(4\)"),
         ("tp=4", {"num_key_value_heads": 3}, r"tp=4 does not divide num_key_value_heads \(3\)"),
         ("tp=2", {"intermediate_size": 9}, r"tp=2 does not divide intermediate_size \(9\)"),
-        ("pp=4", {}, "has 3 layers, which these pipeline stages do not divide"),
-        ("pp=2,layers=1+1", {}, "has 3 layers, which these pipeline stages do not divide"),
-        ("tp=2", {"architectures": ["GPTNeoXForCausalLM"]}, "is a GPTNeoXForCausalLM; how tensor and pipeline"),
+        ("pp=4", {}, "has 3 layers, which do not fit these pipeline stages"),
+        ("pp=2,layers=1+1", {}, "has 3 layers, which do not fit these pipeline stages"),
+        ("tp=2", {"architectures": ["GPTNeoXForCausalLM"]}, "is a GPTNeoXForCausalLM; tensor and pipeline"),
     ],
 )
 def test_models_that_a_layout_does_not_divide(layout: str, changes: dict[str, Any], message: str) -> None:
@@ -318,7 +318,9 @@ def test_models_that_a_layout_does_not_divide(layout: str, changes: dict[str, An
 
 def test_a_tensor_that_is_not_known() -> None:
     tensors = {"model.layers.0.mlp.experts.weight": GlobalTensor("model.layers.0.mlp.experts.weight", "F32", (4, 8))}
-    with pytest.raises(UserError, match=r"holds model.layers.0.mlp.experts.weight, and how tensor parallelism divides"):
+    with pytest.raises(
+        UserError, match=r"holds model.layers.0.mlp.experts.weight, which tensor parallelism does not support"
+    ):
         Division(RankLayout(tp=2), config_of(), tensors)
     assert Division(RankLayout(dp=2, sharding="rows"), config_of(), tensors).parts(next(iter(tensors)))[1].shape == (
         2,

@@ -100,7 +100,7 @@ def test_a_head_that_does_more_than_is_known_is_refused() -> None:
     model = tiny_model(tiny_config("llama"))
     plain = model.lm_head.forward
     model.lm_head.forward = lambda hidden: plain(hidden).sinh()
-    with pytest.raises(UserError, match="not known here"):
+    with pytest.raises(UserError, match="in an unsupported way"):
         logit_scaling(model)
 
 

@@ -61,7 +61,7 @@ def test_a_damaged_model_is_found_for_each_use(models: dict[str, Path], pairs: d
         "value-head": {"model": model, "output": tmp_path / "out"},
     }.items():
         (error,) = errors(stage, **settings)
-        assert "in another shape than config.json describes" in error
+        assert "with another shape than config.json implies" in error
 
 
 def test_what_the_run_will_make_is_not_looked_for(pairs: dict[str, Path], tmp_path: Path) -> None:

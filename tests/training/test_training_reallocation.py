@@ -126,7 +126,7 @@ def test_fused_projections_are_divided_by_shards_alone(tmp_path: Path) -> None:
 
     model = make_model(tmp_path / "model", kind="phi3", tied=False, **SHAPE)
     for text in ("tp=2", "pp=2"):
-        with pytest.raises(UserError, match=r"is a Phi3ForCausalLM; how tensor and pipeline .* shard=flat divide any"):
+        with pytest.raises(UserError, match=r"is a Phi3ForCausalLM; tensor and pipeline .* shard=flat divide any"):
             reshard(StoredModel(model), RankLayout.parse(text), tmp_path / "divided")
     reshard(StoredModel(model), RankLayout.parse("dp=3,shard=rows"), tmp_path / "divided")
     reshard(StoredModel(tmp_path / "divided"), RankLayout(), tmp_path / "back")

@@ -77,10 +77,10 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "a tensor is missing": (tensors(lambda found: found.pop(PROJECTION)), f"lacks {PROJECTION}, which LlamaFor"),
     "one too many": (
         tensors(lambda found: found.update({"model.layers.2.mlp.down_proj.weight": found[PROJECTION].clone()})),
-        "holds model.layers.2.mlp.down_proj.weight, which LlamaFor.* has no place for",
+        "holds model.layers.2.mlp.down_proj.weight, which LlamaFor.* does not have, so the loaded model would differ",
     ),
     "another shape": (config(intermediate_size=96), r"is \[64, 128\], LlamaFor.* needs \[64, 96\]"),
-    "fewer layers": (config(num_hidden_layers=1), "which LlamaFor.* has no place for"),
+    "fewer layers": (config(num_hidden_layers=1), "which LlamaFor.* does not have, so the loaded model would differ"),
     "NaN": (broken(float("nan")), f"holds weights that are NaN or infinite: {PROJECTION}"),
     "infinity": (broken(float("-inf")), f"holds weights that are NaN or infinite: {PROJECTION}"),
     "a shard is missing": (shards(lambda model: second_shard(model).unlink()), "lacks 1 of its . weight files: model-"),
@@ -100,7 +100,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         "holds an adapter .PEFT. of some/base.*python -m training merge model=some/base adapter=",
     ),
     "code of its own": (
-        config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "needs Python code of its own",
+        config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "needs its own Python code",
     ),
     "an unknown architecture": (config(model_type="never_heard_of"), "cannot read the configuration"),
     "a size that is no number": (config(hidden_size="64"), "configuration of .*'hidden_size' expected int"),
@@ -159,7 +159,7 @@ def test_a_tied_head_that_is_another_is_refused(models: dict[str, Path], tmp_pat
     model = shutil.copytree(models["gqa"], tmp_path / "model")
     check_weights(model, "causal")
     config(tie_word_embeddings=True)(model)
-    with pytest.raises(UserError, match=r"holds model.embed_tokens.weight and lm_head.weight, which are one tensor"):
+    with pytest.raises(UserError, match=r"holds model.embed_tokens.weight and lm_head.weight, which are tied"):
         check_weights(model, "causal")
     tensors(lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"].clone()}))(model)
     check_weights(model, "causal")
