@@ -35,7 +35,7 @@ def _reshard(options: argparse.Namespace) -> None:
     path = options.checkpoint.resolve()
     if not path.is_dir():
         raise UserError(
-            f"checkpoint {options.checkpoint} is no directory. Give a model's, as save_pretrained writes it."
+            f"checkpoint {options.checkpoint} is not a directory. Give a model's, as save_pretrained writes it."
         )
     suffix = str(layout) if layout.ranks > 1 else "whole"
     target = options.output or path.with_name(f"{path.name}-{suffix.replace('=', '').replace(',', '-')}")

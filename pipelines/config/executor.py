@@ -126,7 +126,7 @@ class ResourcesSection(Section):
         directives = {str(name).removeprefix("--").replace("_", "-"): option for name, option in value.items()}
         for name, option in directives.items():
             if not re.fullmatch("[a-z][a-z0-9-]+", name):
-                raise ValueError(f"{name!r} is no long name of an option of sbatch, like constraint")
+                raise ValueError(f"{name!r} is not the long name of an sbatch option, such as constraint")
             if name in DIRECTIVE_KEYS:
                 raise ValueError(f"{name} has its own key next to `directives`: set `{DIRECTIVE_KEYS[name]}`")
             if name in ("gres", "tres-per-task") and re.search(r"\bgpu\b", str(option)):

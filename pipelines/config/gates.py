@@ -90,9 +90,7 @@ def _never(gate: GateSection, config: RunConfig) -> str | None:
             f"temperatures={sampling.temperatures}, top_p={sampling.top_p:g}, top_k={sampling.top_k}."
         )
     if (metric == "self_similarity" or metric.startswith("kendall_")) and sampling.k < 2:
-        return (
-            f"{metric} compares the answers to a prompt, of which evaluation.k={sampling.k} samples one. Set it to 4."
-        )
+        return f"{metric} compares several answers to a prompt, but evaluation.k={sampling.k} samples one. Set it to 4."
     if metric == "win_rate_previous" and config.scorers["reward"].compares:
         return (
             f"win_rate_previous compares scores of two policies' answers, but scorers.reward.kind="

@@ -116,6 +116,6 @@ def _require_writable(directory: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UserError(f"directory {directory} cannot be made: {parent} is no directory. Set directory=PATH.")
+        raise UserError(f"directory {directory} cannot be made: {parent} is not a directory. Set directory=PATH.")
     if not os.access(parent, os.W_OK):
         raise UserError(f"directory {directory} cannot be written to. Set directory=PATH.")

@@ -164,7 +164,7 @@ class PlacementSection(Section):
         for key, entry in self.stages.items():
             if entry.pool is not None and entry.pool not in self.pools:
                 raise ValueError(
-                    f"stages.{key}.pool is {entry.pool!r}, which is no pool.{did_you_mean(entry.pool, self.pools)} "
+                    f"stages.{key}.pool is {entry.pool!r}, which is not a pool.{did_you_mean(entry.pool, self.pools)} "
                     f"Known: {', '.join(self.pools) or 'none; add it to `pools`'}."
                 )
         return self

@@ -185,8 +185,8 @@ class RunConfig(Section):
             )
         if self.prompts.dynamic_sampling is not None and (self.generation.k < 2 or "greedy" in description.needs):
             raise ValueError(
-                "prompts.dynamic_sampling replaces prompts whose answers all score the same, by which they cannot be "
-                f"compared with each other; but generation.k is {self.generation.k} and training.algorithm="
+                "prompts.dynamic_sampling replaces prompts whose answers all score the same, so that comparing them "
+                f"gives no signal; but generation.k is {self.generation.k} and training.algorithm="
                 f"{description.algorithm}{' compares them with a greedy one' if self.generation.k > 1 else ''}. "
                 "Leave it out."
             )
@@ -206,7 +206,7 @@ class RunConfig(Section):
                 near = difflib.get_close_matches(unknown[0], self.scorers, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(
-                    f"scorers.{name}.expression names {unknown[0]}, which is no scorer of this run.{hint} Known: "
+                    f"scorers.{name}.expression names {unknown[0]}, which is not a scorer of this run.{hint} Known: "
                     f"{', '.join([*sorted(self.scorers.keys() - {name}), *OWN])}."
                 )
         if cycle := cycle_in({name: scorer.parts for name, scorer in self.scorers.items()}):
@@ -261,7 +261,7 @@ class RunConfig(Section):
         for key, environment in asked.items():
             if environment not in known:
                 raise ValueError(
-                    f"{key}.environment is {environment!r}, which is none of {', '.join(known)}. Add it: "
+                    f"{key}.environment is {environment!r}, which is not one of {', '.join(known)}. Add it: "
                     f"environments.own.{environment}."
                 )
 

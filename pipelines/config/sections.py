@@ -215,7 +215,9 @@ class HubSection(Section):
     def _check_id(cls, value: str | None) -> str | None:
         tried = (value or "a/b").replace(RUN_NAME, "run")
         if not HUB_ID.fullmatch(tried) or tried.endswith((".git", "-", ".")):
-            raise ValueError(f"{value!r} is no name of a repo on the Hub. Write it ORG/NAME, for example alice/mine.")
+            raise ValueError(
+                f"{value!r} is not a valid name of a repo on the Hub. Write it ORG/NAME, for example alice/mine."
+            )
         return value
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ def check_entries(graph: Graph, config: RunConfig) -> None:
             if getattr(entry, key) is not None and not any(node.workload in kinds for node in named):
                 raise UserError(
                     f"executor.stages[{pattern!r}].{key} is {getattr(entry, key)}, but only {' and '.join(kinds)} "
-                    f"stages can have `{key}`, and {named[0].name} is none. Take it out."
+                    f"stages can have `{key}`, and {named[0].name} is not one of them. Take it out."
                 )
 
     for pattern, place in config.placement.stages.items():

@@ -182,7 +182,7 @@ def _explained(kind: Kind, reference: str, name: str, revision: str | None) -> I
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{reference} is no name of a {kind} on the Hub: {error}") from error
+        raise UserError(f"{reference} is not a valid name of a {kind} on the Hub: {error}") from error
     except GatedRepoError as error:
         raise UserError(
             f"{what} is gated: ask for access on its page on the Hub, then set HF_TOKEN, or `hf auth login`."

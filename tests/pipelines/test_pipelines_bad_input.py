@@ -126,7 +126,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml executor.stall_seconds=0", "executor.stall_seconds"),
         ("run smallest.yaml executor.kind=slurmm", "executor.kind"),
         ("run smallest.yaml name=../x", "name"),
-        ("run smallest.yaml directory=rules.py --dry-run", "rules.py is no directory"),
+        ("run smallest.yaml directory=rules.py --dry-run", "rules.py is not a directory"),
         ("run smallest.yaml directory=/proc/nothing", "cannot be made"),
         (f"run smallest.yaml name={'a' * 300} --dry-run", "name"),
         ("run smallest.yaml policy=nothere", "nothere does not exist"),

@@ -179,7 +179,7 @@ def test_missing_and_broken_config_files(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_file_where_the_runs_should_go(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is no directory" in fails(capsys, "run", str(smallest), f"directory={smallest}")
+    assert "is not a directory" in fails(capsys, "run", str(smallest), f"directory={smallest}")
 
 
 def test_damaged_weights_and_missing_tokenizer(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,17 +218,17 @@ def test_a_kill_while_files_are_published_has_the_function_not_called_again(
         ),
         (
             {"evaluations": {"lm": {"function": "evals.py:fail", "environment": "mine"}}},
-            "evaluations.lm.environment is 'mine', which is none of generation, annotation, training",
+            "evaluations.lm.environment is 'mine', which is not one of generation, annotation, training",
         ),
         (
             {"scorers": {"reward": {"kind": "rule", "function": "evals.py:fail", "environment": "mine"}}},
-            "scorers.reward.environment is 'mine', which is none of generation, annotation, training",
+            "scorers.reward.environment is 'mine', which is not one of generation, annotation, training",
         ),
         (
             {"evaluations": {"reward": {"function": "evals.py:fail"}}},
             "evaluations.reward: eval/reward/... are the metrics of another stage already",
         ),
-        ({"environments": {"own": {"mine": {"prologue": "true"}}}}, "mine names no python, conda or container"),
+        ({"environments": {"own": {"mine": {"prologue": "true"}}}}, "mine has no python, conda or container"),
         ({"environments": {"own": {"training": {"python": "python3"}}}}, "training is an environment already"),
         (
             {

@@ -95,7 +95,7 @@ def test_a_part_of_the_reward_can_be_the_model_that_is_trained_first(smallest: P
         ("gold + from", "not an expression: invalid syntax"),
         (
             "gold + fomr",
-            "scorers.reward.expression names fomr, which is no scorer of this run. Did you mean form? Known: ",
+            "scorers.reward.expression names fomr, which is not a scorer of this run. Did you mean form? Known: ",
         ),
         ("gold + inner", "scorers.reward is made of itself: reward of inner of reward"),
         ("gold ** 2", "is not allowed"),

@@ -383,7 +383,7 @@ def test_damage_is_not_pushed(hub: HubDouble, run: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["hub.model=alice"], "'alice' is no name of a repo on the Hub. Write it ORG/NAME"),
+        (["hub.model=alice"], "'alice' is not a valid name of a repo on the Hub. Write it ORG/NAME"),
         (["hub.pairs=a/b", "hub.rollouts=a/b"], "each needs a repo of its own"),
         (["training.epochs=2"], "only keys of the section `hub`"),
         (["hub.model=null"], "has no repo on the Hub to push to"),

@@ -153,7 +153,7 @@ def test_models_of_scorers_and_of_later_iterations(config: Path, hub: HubDouble)
         (f"policy=hf:{MODEL}@iteration-7", "has no revision 'iteration-7'; it has iteration-1, iteration-2, main"),
         (f"prompts.train.source=hf:{DATA}@v9", f"data set hf:{DATA}@v9: {DATA} has no revision 'v9'; it has main"),
         ("prompts.train.source=hf:alice/none", "data set hf:alice/none is not on the Hub"),
-        ("policy=hf:a/b/c", "hf:a/b/c is no name of a model on the Hub"),
+        ("policy=hf:a/b/c", "hf:a/b/c is not a valid name of a model on the Hub"),
         ("policy=hf:alice/empty", "has no file *.safetensors on the Hub"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_plan_that_can_be_is_said_to_be(smallest: Path, capsys: pytest.Capture
     [
         ("placement={strategy: separation, pools: {generation: 4, training: 1}}", "ask for 5 devices up to training"),
         ("placement={strategy: separation, pools: {a: [0, 1], b: [1]}}", "pools.a and pools.b both have device 1"),
-        ("placement.stages={refrence: {pool: a}}", "which is no pool"),
+        ("placement.stages={refrence: {pool: a}}", "which is not a pool"),
         ("placement.stages={refrence: {layout: {replicas: 2}}}", "Did you mean 'reference'"),
         ("placement=async", "but lag is 0"),
         (

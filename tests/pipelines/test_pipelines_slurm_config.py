@@ -91,7 +91,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text: str, minutes: int | None) 
         ("executor.resources.directives={output: log}", "output is set by Ratchet itself"),
         ("executor.resources.directives={signal: TERM@60}", "signal is set by Ratchet itself"),
         ("executor.resources.directives={gres: 'gpu:a100:2'}", "asks for GPUs, which have keys of their own"),
-        ("executor.resources.directives={C: h100}", "'C' is no long name of an option of sbatch"),
+        ("executor.resources.directives={C: h100}", "'C' is not the long name of an sbatch option"),
         ("executor.stages={generation: {nodes: 2}}", "stages.generation.nodes is 2, but only training stages"),
         ("executor.stages={training: {tasks: 2}}", "stages.training.tasks is 2, but only generation and scoring"),
         ("executor.stages={light: {tasks: 2}}", "stages.light.tasks is 2"),
