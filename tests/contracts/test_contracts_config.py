@@ -153,16 +153,16 @@ class Homes(StageConfig):
     text: str = identity("")
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And in nothing else; a file whose name begins with one stays what it is."""
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     data = {"output": "~", "one": "~/a", "several": ["~/b", "c~"], "named": {"x": "~/d"}, "function": "~/f.py:judge"}
     made = validate_config(Homes, {**data, "text": "~/g"}, "x")
     assert (made.output, made.one, made.several) == (
-        Path("/home/me"),
-        Path("/home/me/a"),
-        [Path("/home/me/b"), Path("c~")],
+        tmp_path,
+        tmp_path / "a",
+        [tmp_path / "b", Path("c~")],
     )
-    assert (made.named, made.function, made.text) == ({"x": Path("/home/me/d")}, "/home/me/f.py:judge", "~/g")
+    assert (made.named, made.function, made.text) == ({"x": tmp_path / "d"}, f"{tmp_path}/f.py:judge", "~/g")
     others = validate_config(Homes, {"output": "x", "one": "~no-such-user/a", "several": ["a/~"]}, "x")
     assert (others.one, others.several) == (Path("~no-such-user/a"), [Path("a/~")])
