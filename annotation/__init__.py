@@ -1,1 +1,1 @@
-"""Rollouts in; scores, pairs and evaluations out."""
+"""The annotation stages: score rollouts, select preference pairs, and evaluate policies."""

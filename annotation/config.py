@@ -50,7 +50,7 @@ class EvaluationConfig(StageConfig):
 
 
 class RlhflowExportConfig(StageConfig):
-    """Write rollouts as RLHFlow's JSONL: one {"prompt", "responses", "rewards"} a line, in `rlhflow.jsonl`."""
+    """Write rollouts as RLHFlow's JSONL: one {"prompt", "responses", "rewards"} per line, in `rlhflow.jsonl`."""
 
     stage: ClassVar[str] = "rlhflow-export"
     code_version: ClassVar[int] = 1
@@ -62,7 +62,7 @@ class RlhflowExportConfig(StageConfig):
 
 
 class RlhflowImportConfig(StageConfig, ChatFields):
-    """Read answers from a file of RLHFlow as rollouts."""
+    """Read answers from an RLHFlow file as rollouts."""
 
     stage: ClassVar[str] = "rlhflow-import"
     code_version: ClassVar[int] = 2
@@ -83,7 +83,7 @@ class RlhflowImportConfig(StageConfig, ChatFields):
 
 
 class RlhflowScoresConfig(StageConfig):
-    """Read the rewards of a file of RLHFlow as scores of the rollouts that were imported from it."""
+    """Read the rewards in an RLHFlow file as scores of the rollouts that were imported from it."""
 
     stage: ClassVar[str] = "rlhflow-scores"
     code_version: ClassVar[int] = 1
@@ -99,7 +99,7 @@ class RlhflowScoresConfig(StageConfig):
 
 
 class CheckpointEvaluationSettings(Section):
-    """Settings of an evaluation of the user's own."""
+    """Settings of your own evaluation."""
 
     function: PlaceText = identity()
     """file.py:function or package.module:function, called as function(checkpoint, output, **settings): directories of
@@ -107,12 +107,12 @@ class CheckpointEvaluationSettings(Section):
     settings: dict[str, Any] = identity({})
     """Further keyword arguments of the function."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """Files or directories that the function reads beside its own modules, passed as the keyword `inputs`. When their
-    content changes, the evaluations run again."""
+    """Files or directories that the function reads in addition to its own modules, passed as the keyword `inputs`. When
+    their content changes, the evaluations run again."""
 
 
 class CheckpointEvaluationConfig(CheckpointEvaluationSettings, StageConfig):
-    """Evaluate a checkpoint with a function of the user's own."""
+    """Evaluate a checkpoint with your own function."""
 
     stage: ClassVar[str] = "checkpoint-evaluation"
     code_version: ClassVar[int] = 1
@@ -120,7 +120,7 @@ class CheckpointEvaluationConfig(CheckpointEvaluationSettings, StageConfig):
     checkpoint: Path = input_path()
     """Directory of the model."""
     needed: list[str] = runtime([])
-    """Metrics that the function has to return, because gates use them."""
+    """Metrics that the function must return, because gates use them."""
 
     @property
     def keywords(self) -> dict[str, Any]:

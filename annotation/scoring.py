@@ -40,7 +40,7 @@ def run(config: ScoreConfig, context: Context) -> Outcome:
     def all_samples() -> int:
         return _count(rollouts.artifact, wanted)
 
-    config.examine()
+    config.check()
     if rollouts.whole:  # otherwise it is called at the end
         known()
 
@@ -191,7 +191,7 @@ def _score_samples(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -
     for sample, score in zip(samples, scorer(samples), strict=True):
         if isinstance(score, Score) and (wrong := _not_finite(score)):
             error = UserError(
-                f"scorer {config.name!r} ({config.shown}) gave {wrong} for {sample}. A score "
+                f"scorer {config.name!r} ({config.display_name}) gave {wrong} for {sample}. A score "
                 "must be a finite number: fix the function or the model, or try dtype=float32."
             )
             score = Fault(error)

@@ -136,14 +136,11 @@ def _rollout(chat: Any, pair: Preference) -> Rollout | str:
     )
 
 
-# Rows.
-
-
 def read_preferences(settings: PreferenceSettings) -> Iterator[Preference | str]:
     """The pairs of a source, in its order; for a row that cannot be used, the reason.
 
     Raises:
-        UserError: the source cannot be read, or a row is no pair; names the place.
+        UserError: the source cannot be read, or a row is not a pair; the message names the row.
     """
     times: Counter[str] = Counter()
     kept = 0

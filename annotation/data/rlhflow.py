@@ -58,7 +58,7 @@ class RlhflowFile:
         """All rows with their places, in either format: JSON Lines, or one JSON file with `instances`.
 
         Raises:
-            UserError: the file is missing, empty or damaged, or a row has the wrong format; names the place.
+            UserError: the file is missing, empty or damaged, or a row has the wrong format; the message names the row.
         """
         if not self.path.is_file():
             raise UserError(f"source {self.path} is not a file. Give the .json or .jsonl file that RLHFlow wrote.")

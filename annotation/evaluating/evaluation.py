@@ -1,4 +1,4 @@
-"""The evaluate stage: measures the quality of a policy's answers to held-out prompts, and its KL divergence."""
+"""The evaluate stage: measures a policy's answers to held-out prompts, and its KL from the initial policy."""
 
 import math
 import statistics
@@ -40,7 +40,7 @@ def run(config: EvaluationConfig, context: Context) -> Outcome:
         raise UserError(f"{config.rollouts} holds no completion, so there is nothing to evaluate.")
     metrics: dict[str, Any] = {"iteration": config.iteration}
     for name in scores:
-        metrics |= _named(name, clustered([_values(found[name]) for _, found in rows]))
+        metrics |= _scorer_metrics(name, clustered([_values(found[name]) for _, found in rows]))
         metrics[f"{name}_unscored"] = len(completions) - sum(len(found[name]) for _, found in rows)
     metrics.setdefault("gold_reward_mean", None)
     metrics.setdefault("gold_reward_ci95", None)
@@ -72,8 +72,8 @@ def _values(scores: ScoresBySample) -> list[float]:
     return [score.score for _, score in sorted(scores.items())]
 
 
-def _named(name: str, estimate: Estimate) -> dict[str, float | None]:
-    """The reward's and the gold scorer's columns carry an interval; a further scorer has its mean."""
+def _scorer_metrics(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """A scorer's metrics: mean and interval for the reward and the gold scorer, the mean for others."""
     if name == "reward":
         return {"reward_mean": estimate.mean, "reward_ci95": estimate.ci95}
     if name == "gold":

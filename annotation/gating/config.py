@@ -54,7 +54,7 @@ class GateSettings(Section):
         if self.metric == "win_rate_previous" and "initial" in (self.relative_to, self.difference_to):
             raise ValueError("the initial policy has no win_rate_previous, so this can never hold.")
         if self.at_most != 1 and self.do != "rollback":
-            raise ValueError(f"at_most is of do=rollback, and do is {self.do}.")
+            raise ValueError(f"at_most is for do=rollback, and do is {self.do}.")
         self.require_possible(low, high)
         return self
 
@@ -118,15 +118,15 @@ class GateConfig(StageConfig):
     iteration: int = identity(ge=1)
     """Number of the evaluated policy."""
     evaluation: Path = input_path()
-    """Its evaluation."""
+    """Published evaluation of this policy."""
     initial: Path = input_path()
-    """The initial policy's."""
+    """Published evaluation of the initial policy."""
     earlier: Path | None = input_path(None)
     """The decision after the previous iteration; None: this is the first."""
     evaluations: dict[str, Path] = input_path({})
     """Your own evaluations of this policy, by the names that gates use."""
     initial_evaluations: dict[str, Path] = input_path({})
-    """The same of the initial policy."""
+    """Your own evaluations of the initial policy, by the same names."""
 
     @model_validator(mode="after")
     def _check_conditions(self) -> Self:

@@ -111,8 +111,8 @@ class StepChat:
         if len(ids) != 1 or ids[0] == self.chat.tokenizer.unk_token_id:
             shown = ", ".join(map(repr, self.chat.tokenizer.convert_ids_to_tokens(ids)))
             raise UserError(
-                f"{key}={text!r} is no single token of {self.chat.path} ({shown or 'nothing'}). Give the one that the "
-                'model was trained with; where words begin with a blank, with that (" +").'
+                f"{key}={text!r} is not a single token of {self.chat.path} ({shown or 'nothing'}). Give the token "
+                'that the model was trained with; if tokens include a leading blank, with that blank (" +").'
             )
         return ids[0]
 
@@ -124,8 +124,8 @@ class StepChat:
         """
         rollout, text = sample.rollout, sample.completion.text
         messages = [msgspec.structs.replace(each, content=without_slots(each.content)) for each in rollout.messages]
-        said = [without_slots(text[step.start : step.end]) for step in steps]
-        turns = self._turns(messages, said) if self.config.layout == "turns" else self._marked(messages, text, steps)
+        texts = [without_slots(text[step.start : step.end]) for step in steps]
+        turns = self._turns(messages, texts) if self.config.layout == "turns" else self._marked(messages, text, steps)
         try:
             ids, begins = self.chat.with_slots_filled(
                 turns, [self.inserted_token], tools=rollout.tools, what=str(sample)
@@ -150,11 +150,11 @@ class StepChat:
         return with_answer(messages, "".join(pieces))
 
     @staticmethod
-    def _turns(messages: Sequence[Message], said: Sequence[str]) -> list[Message]:
+    def _turns(messages: Sequence[Message], texts: Sequence[str]) -> list[Message]:
         """The conversation with each step as a user turn, the first one appended to the prompt, and a slot as the
         reply."""
         before, begun = split_prefill(messages)
-        first, *others = said
+        first, *others = texts
         first = begun + first
         *earlier, last = before
         if last.role == "user":

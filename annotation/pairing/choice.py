@@ -137,8 +137,8 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
         yield
     except _TimeLimitError as error:
         raise UserError(
-            f"{what}: it took longer than seconds_per_prompt={seconds:g} and was ended{place_of(error)}. Take out what "
-            "has no end, or raise seconds_per_prompt."
+            f"{what}: it took longer than seconds_per_prompt={seconds:g} and was stopped{place_of(error)}. Remove "
+            "what does not end, or raise seconds_per_prompt."
         ) from None
     finally:
         done.set()
@@ -205,7 +205,7 @@ def _checked(item: Any, scores: dict[int, float], what: str) -> Samples:
         wrong = "chosen and rejected are the same answer."
     else:
         wrong = (
-            f"the chosen answer scores lower ({scores[better]:g}) than the rejected one ({scores[worse]:g}). The score "
-            "labels: turn the pair round or leave it out. What else is to count has to be in the score."
+            f"the chosen answer scores lower ({scores[better]:g}) than the rejected one ({scores[worse]:g}). Pairs are "
+            "labelled by the score: swap the pair or leave it out. Other criteria must be part of the score."
         )
     raise UserError(f"{what}: it returned {item!r:.80}, but {wrong}")

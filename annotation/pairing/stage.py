@@ -95,8 +95,8 @@ def _require_same(first: Choice, second: Choice, config: PairsConfig, rollout: R
         shown = [[(chosen.sample, rejected.sample) for chosen, rejected in one.pairs] for one in (first, second)]
         raise UserError(
             f"strategy {config.strategy!r}, prompt {rollout.prompt_id}: asked twice about the same candidates, it gave "
-            f"{shown[0]!r:.80} and then {shown[1]!r:.80}. What is published must come out again: draw by "
-            "random.Random(prompt.seed), and keep nothing from one call to the next."
+            f"{shown[0]!r:.80} and then {shown[1]!r:.80}. Results must be reproducible: draw with "
+            "random.Random(prompt.seed), and keep no state between calls."
         )
 
 

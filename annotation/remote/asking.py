@@ -26,7 +26,7 @@ TOP_LOGPROBS = 20
 FIRST_JUDGEMENTS = 16
 """If none of this many first judgements can be read, the stage stops, since further ones would only cost money."""
 TOLERANT = 0.5
-"""With a max_dropped of at least this, it goes on all the same."""
+"""With a max_dropped of at least this, the stage continues nevertheless."""
 READ_MARKER = "judged"
 """Name of a marker file in the stage's state: a judgement has been read, by this process or an earlier one."""
 MAX_SHOWN = 200
@@ -237,7 +237,7 @@ def _parsed_reply(reply: Any) -> Reply:
     try:
         return parse_reply(reply)
     except ValueError as error:
-        raise BadReplyError(f"the endpoint's reply is none of a chat's: {error}.") from error
+        raise BadReplyError(f"the endpoint's reply is not a chat completion: {error}.") from error
 
 
 def check_question(config: JudgeSettings) -> None:

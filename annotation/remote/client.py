@@ -128,8 +128,8 @@ class Client:
                 raise error
             if (asked_for or 0) > LONGEST_WAIT:
                 raise type(error)(
-                    f"{error} It asks to be left alone for {asked_for:.0f} s (Retry-After), which is more than the "
-                    f"{LONGEST_WAIT:.0f} s that are waited at most. Start again then; what was answered is kept."
+                    f"{error} It asks for a pause of {asked_for:.0f} s (Retry-After), more than the maximum of "
+                    f"{LONGEST_WAIT:.0f} s. Start again then; the replies so far are kept."
                 ) from error
             self.retried += 1
             wait = max(pause * random.uniform(0.5, 1.0), asked_for or 0.0)
@@ -164,15 +164,15 @@ class Client:
         except TimeoutError as error:
             raise TransientError(f"{url} has not replied in timeout={self.timeout:g} s.") from error
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise WrongEndpointError(f"{url} is no address: {error}.") from error
+            raise WrongEndpointError(f"{url} is not a valid URL: {error}.") from error
         except httpx2.DecodingError as error:
-            raise BadReplyError(f"{url} sent what cannot be decoded: {self.redacted(str(error))}.") from error
+            raise BadReplyError(f"{url} sent a reply that cannot be decoded: {self.redacted(str(error))}.") from error
         except httpx2.RequestError as error:
-            said = self.redacted(str(error)) or type(error).__name__
-            raise TransientError(f"{url} could not be asked, or broke off: {said}.") from error
+            reason = self.redacted(str(error)) or type(error).__name__
+            raise TransientError(f"{url} could not be reached, or closed the connection: {reason}.") from error
 
     def _error(self, url: str, status: int, headers: Any, content: bytes) -> Exception:
-        said = f"{url} replied {status}{self._quoted(content)}"
+        reply = f"{url} replied {status}{self._quoted(content)}"
         if 300 <= status < 400:
             to = self.redacted(str(headers.get("location", "nowhere")))
             return WrongEndpointError(
@@ -182,10 +182,10 @@ class Client:
             )
         if status in FATAL_STATUSES:
             fix = {401: "Check key_variable.", 403: "Check key_variable.", 404: "Check url and model."}
-            return WrongEndpointError(f"{said}. {fix.get(status, 'Check url.')}", status)
+            return WrongEndpointError(f"{reply}. {fix.get(status, 'Check url.')}", status)
         if status in RETRIED_STATUSES or status >= 500:
-            return (TransientError if status in (*RETRIED_STATUSES, 502, 503, 504) else ServerError)(f"{said}.")
-        return UserError(f"{said}.")
+            return (TransientError if status in (*RETRIED_STATUSES, 502, 503, 504) else ServerError)(f"{reply}.")
+        return UserError(f"{reply}.")
 
     def _quoted(self, content: bytes) -> str:
         text = " ".join(self.redacted(content[: 20 * MAX_SHOWN].decode(errors="replace")).split())
@@ -248,7 +248,7 @@ def api_key(variable: str | None) -> str | None:
             f"{variable}=...): stages inherit it."
         )
     if not key.isascii() or not key.isprintable():
-        raise UserError(f"the environment variable {variable} holds signs that no key has. Set it anew.")
+        raise UserError(f"the environment variable {variable} has characters that a key cannot have. Set it again.")
     return key
 
 
@@ -257,7 +257,7 @@ def _library() -> Any:
         import httpx2
     except ImportError as error:
         raise UserError(
-            "this environment lacks httpx2, by which servers are asked. Install it: pip install httpx2."
+            "this environment lacks httpx2, which scorers that call a server need. Install it: pip install httpx2."
         ) from error
     return httpx2
 
@@ -269,7 +269,7 @@ def _parsed(url: str, headers: Any, content: bytes, redacted: Callable[[str], st
         kind = str(headers.get("content-type", "")).partition(";")[0]
         start = " ".join(redacted(content[: 20 * MAX_SHOWN].decode(errors="replace")).split())[:MAX_SHOWN]
         raise BadReplyError(
-            f"{url} replied with {kind or 'something'} that is no JSON: {start!r}. Check that url is that of the API."
+            f"{url} replied with {kind or 'something'} that is not JSON: {start!r}. Check that url is that of the API."
         ) from error
 
 

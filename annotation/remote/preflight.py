@@ -23,8 +23,8 @@ def check_judge(config: JudgeSettings) -> Iterator[Finding]:
     try:
         served = asyncio.run(_models(config))
     except WrongEndpointError as error:
-        unasked = error.status in (404, 405, 501)  # not all servers list their models
-        yield Finding("warning" if unasked else "error", str(error))
+        unsupported = error.status in (404, 405, 501)  # not all servers list their models
+        yield Finding("warning" if unsupported else "error", str(error))
         return
     except TransientError as error:
         yield Finding("warning", str(error), later)
@@ -51,7 +51,7 @@ def _names(reply: Any) -> list[str]:
     try:
         return [str(model["id"]) for model in reply["data"]]
     except (KeyError, TypeError) as error:
-        raise BadReplyError(f"the list of its models is none: {json.dumps(reply)[:200]}") from error
+        raise BadReplyError(f"its reply is not a list of models: {json.dumps(reply)[:200]}") from error
 
 
 def check_service(config: RemoteSettings, urls: list[str]) -> Iterator[Finding]:

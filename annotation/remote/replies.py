@@ -70,7 +70,7 @@ class ReplyCache:
             write_atomically(path, msgspec.json.encode(reply), durable=False)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"{path.parent}: {os.strerror(error.errno or 0)}; what the judge says is kept there. Set "
+                f"{path.parent}: {os.strerror(error.errno or 0)}; the judge's replies are cached there. Set "
                 "cache=DIRECTORY."
             ) from error
 
@@ -95,7 +95,7 @@ def parse_reply(reply: Any) -> Reply:
     if not (text is None or isinstance(text, str)) or not all(
         type(count) is int and count >= 0 for count in (asked, given)
     ):
-        raise ValueError(f"content is no text, or usage no counts, in {json.dumps(reply)[:200]}")
+        raise ValueError(f"content is not a text, or usage has no counts, in {json.dumps(reply)[:200]}")
     reason = choice.get("finish_reason")
     reason = reason if isinstance(reason, str) else None
     return Reply(text or "", reason, asked, given, _tokens(choice.get("logprobs")))

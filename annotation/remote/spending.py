@@ -41,8 +41,7 @@ class Spending:
 
     def _stop(self, what: str) -> None:
         raise UserError(
-            f"the judge has cost {what}. Its replies are kept: raise the limit, and the same command goes on from "
-            "there."
+            f"the judge has cost {what}. Its replies are kept: raise the limit, and the same command resumes."
         )
 
     def add(self, sample: Sample, reply: Reply) -> None:
@@ -61,7 +60,7 @@ class Spending:
         if limited and not reply.prompt_tokens + reply.completion_tokens:
             raise UserError(
                 "the endpoint does not say how many tokens an answer took (`usage`), so max_tokens_total and max_cost "
-                "cannot be held. Leave them out, and limit the key where it was made."
+                "cannot be enforced. Leave them out, and limit the key where it was made."
             )
 
     def counts(self, samples: Iterable[Sample]) -> dict[str, int]:

@@ -134,11 +134,11 @@ class ScorerSettings(Section):
         return None
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The scorer's name in messages."""
         return self.kind
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check everything that can be checked without opening the scorer.
 
         Raises:
@@ -229,7 +229,7 @@ class WorkerSettings(RewardScorerSettings):
         if missing := self.missing_libraries():
             yield Finding("error", missing)
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that its libraries are installed."""
         if missing := self.missing_libraries():
             raise UserError(missing)
@@ -246,7 +246,7 @@ class WorkerSettings(RewardScorerSettings):
         return None
 
     @property
-    def called(self) -> str:
+    def target(self) -> str:
         """`module:function` of the scoring function or class."""
         return self.calls
 
@@ -270,7 +270,7 @@ class WorkerSettings(RewardScorerSettings):
         return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
     @property
-    def read(self) -> list[Path] | None:
+    def user_paths(self) -> list[Path] | None:
         """The user's paths that it reads."""
         return None
 
@@ -321,7 +321,7 @@ class ModelSettings(ScorerSettings):
         return self.model
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The model's directory."""
         return str(self.model)
 
@@ -331,7 +331,7 @@ class ModelSettings(ScorerSettings):
         assert self.model is not None
         return self.max_length or ModelInfo.read(self.model).context_length
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that the model is of a supported type, and that its context holds max_length tokens."""
         assert self.model is not None
         info = ModelInfo.read(self.model)

@@ -42,7 +42,7 @@ class CodeSettings(WorkerSettings):
         if lack := self._lack():
             yield Finding("error", lack)
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that this machine can run programs in the configured isolation."""
         if lack := self._lack():
             raise UserError(lack)
@@ -52,9 +52,9 @@ class CodeSettings(WorkerSettings):
         if lack is None:
             return None
         return (
-            f"kind=code runs what a model has written in namespaces of its own, and this machine gives none ({lack}). "
-            "Let users make them (sysctl kernel.unprivileged_userns_clone=1, or in a container --security-opt "
-            "seccomp=unconfined), or set isolation=limits where nothing can be harmed."
+            f"kind=code runs a model's programs in their own namespaces, which this machine does not allow ({lack}). "
+            "Let users create them (sysctl kernel.unprivileged_userns_clone=1, or in a container --security-opt "
+            "seccomp=unconfined), or set isolation=limits where programs can do no harm."
         )
 
     @property
@@ -142,7 +142,8 @@ def _compiled(answer: str, tests: list[str]) -> list[str]:
             with warnings.catch_warnings(action="ignore"):
                 compile(test, f"test {number}", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            what = "holds tests that are no Python" if len(tests) == 1 else f"has a test {number} that is no Python"
+            invalid = "that is not valid Python"
+            what = f"holds a test {invalid}" if len(tests) == 1 else f"has a test {number} {invalid}"
             raise UserError(f"the prompt's answer {answer!r:.200} {what}: {type(error).__name__}: {error}.") from error
     return tests
 

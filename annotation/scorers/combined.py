@@ -49,7 +49,7 @@ class CombinedSettings(RewardScorerSettings):
         return sorted(Expression(self.expression).standardised)
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The expression."""
         return self.expression
 

@@ -50,7 +50,7 @@ class HttpSettings(RemoteSettings, RewardScorerSettings):
         return self
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """Name of the service."""
         return self.service
 

@@ -25,9 +25,9 @@ class JsonSchemaSettings(WorkerSettings):
     calls: ClassVar[str] = "annotation.scorers.json_schema:JsonVerifier"
     further_libraries: ClassVar[tuple[str, ...]] = ("jsonschema",)
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that the definition is a JSON Schema."""
-        super().examine()
+        super().check()
         JsonVerifier(definition=self.definition, fenced=self.fenced)
 
     @property
@@ -82,5 +82,5 @@ def _validator(definition: Any) -> Any:
         chosen = jsonschema.validators.validator_for(definition, default=jsonschema.Draft202012Validator)
         chosen.check_schema(definition)
     except jsonschema.SchemaError as error:
-        raise UserError(f"definition is no JSON Schema: {error.json_path}: {error.message}.") from error
+        raise UserError(f"definition is not a JSON Schema: {error.json_path}: {error.message}.") from error
     return chosen(definition, registry=referencing.Registry())

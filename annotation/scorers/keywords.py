@@ -31,7 +31,7 @@ class KeywordsSettings(WorkerSettings):
         if not self.required and not self.forbidden:
             raise ValueError("required and forbidden are both empty; name a word in one of them.")
         if not all(word.strip() for word in (*self.required, *self.forbidden)):
-            raise ValueError("an empty word stands in required or forbidden; take it out.")
+            raise ValueError("required or forbidden has an empty word; remove it.")
         return self
 
 

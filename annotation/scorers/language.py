@@ -22,9 +22,9 @@ class LanguageSettings(WorkerSettings):
     calls: ClassVar[str] = "annotation.scorers.language:LanguageVerifier"
     further_libraries: ClassVar[tuple[str, ...]] = ("py3langid",)
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that py3langid knows the languages."""
-        super().examine()
+        super().check()
         LanguageVerifier(language=self.language, among=self.among)
 
 

@@ -67,9 +67,9 @@ class PooledSettings(ChatModelSettings):
         named = "environment" in self.model_fields_set
         return "generation" if self.engine == "vllm" and not named else self.environment
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check the model, and that vLLM supports it."""
-        super().examine()
+        super().check()
         if self.engine == "vllm":
             assert self.model is not None
             load("modeling.vllm_process:require_pooling")(ModelInfo.read(self.model), self.pooled_as)
@@ -79,7 +79,7 @@ class PooledSettings(ChatModelSettings):
         """Check the model, and that vLLM supports it."""
         yield from super().preflight(stage)
         if self.engine == "vllm" and self.model is not None and (self.model / "config.json").is_file():
-            self.examine()
+            self.check()
             yield Finding("ok", f"{self.model}: vLLM knows its architecture as {self.pooled_as}")
 
     def libraries(self) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
         try:
             pattern = self.pattern
         except re.error as error:
-            raise ValueError(f"separator_pattern is no regular expression: {error}.") from error
+            raise ValueError(f"separator_pattern is not a regular expression: {error}.") from error
         if pattern.search("") is not None:
             raise ValueError(f"separator_pattern={pattern.pattern!r} separates where there is nothing. Use + for *.")
         return self
@@ -102,9 +102,9 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
         assert self.model is not None
         return "token classifier" if ModelInfo.read(self.model).classifies_tokens else "causal"
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check that the model is of a supported type, and fits the layout."""
-        super().examine()
+        super().check()
         if self.layout == "turns" and self.loaded_as() == "token classifier":
             raise UserError(
                 f"layout=turns reads the replies of a language model, but {self.model} is a classifier of tokens. Set "
@@ -115,7 +115,7 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
         """Check the model, and that the marker and the labels are single tokens."""
         yield from super().preflight(stage)
         if self.model is not None and (self.model / "config.json").is_file():
-            self.examine()
+            self.check()
             yield load("annotation.models.steps:tokens_found")(self)
 
     def facts_of(self, rollouts: Artifact) -> dict[str, str]:
@@ -140,7 +140,7 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
     def fixes(self, unread: str) -> dict[str, str]:
         """Advice about dropped samples, by reason, including the reasons about steps."""
         return super().fixes(unread) | {
-            UNREAD_STEPS: f"The chat template of {self.model} leaves out steps, as some do with thoughts. Take another "
+            UNREAD_STEPS: f"The chat template of {self.model} leaves out steps, as some do with reasoning. Use another "
             "template (chat_template.jinja),",
             UNPLACED_STEPS: "The texts of the answers are not what the tokenizer makes of their tokens. Set "
             "tokenizer=DIRECTORY of the policy that sampled them,",

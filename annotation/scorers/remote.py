@@ -27,7 +27,7 @@ def checked_url(value: str) -> str:
     """
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no address. Write one like http://127.0.0.1:8000/v1.")
+        raise ValueError("it is not an HTTP URL. Write one like http://127.0.0.1:8000/v1.")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
             "it holds a name or a password, and a configuration is written to files. Take it out, and name an "
@@ -120,9 +120,9 @@ class JudgeSettings(RemoteSettings):
             try:
                 groups = re.compile(self.pattern).groups
             except re.error as error:
-                raise ValueError(f"pattern is no regular expression: {error}.") from error
+                raise ValueError(f"pattern is not a regular expression: {error}.") from error
             if not groups:
-                raise ValueError("pattern has no group. Put what is the judgement in parentheses.")
+                raise ValueError("pattern has no group. Put parentheses around the judgement.")
         return self
 
     def server_urls(self) -> list[str]:
@@ -140,11 +140,11 @@ class JudgeSettings(RemoteSettings):
         return self.price_prompt, self.price_completion
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """Name of the model."""
         return self.model
 
-    def examine(self) -> None:
+    def check(self) -> None:
         """Check the question's template."""
         load("annotation.remote.asking:check_question")(self)
 

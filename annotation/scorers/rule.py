@@ -26,8 +26,8 @@ class RuleSettings(WorkerSettings):
     batch: int = identity(64, later=True, ge=1)
     """Completions per call of a batched function; the number of concurrent calls of an async function."""
     inputs: list[Path] | None = input_path(None, min_length=1)
-    """Files, models or other directories that the function reads beside its own modules. When their content changes,
-    scores are recomputed. A function with a keyword `inputs` gets these paths."""
+    """Files, models or other directories that the function reads, in addition to its own modules. When their content
+    changes, scores are recomputed. A function with a keyword `inputs` gets these paths."""
     judge_twice: int = runtime(0, ge=0)
     """Completions of each shard that are scored a second time, to check that the score is the same; if it is not, the
     stage stops. Use 0 for scorers that cost money or are not deterministic."""
@@ -37,7 +37,7 @@ class RuleSettings(WorkerSettings):
     keyed_with_legacy_fields: ClassVar[bool] = True
 
     @property
-    def called(self) -> str:
+    def target(self) -> str:
         """Path of the function or class."""
         return self.function
 
@@ -52,7 +52,7 @@ class RuleSettings(WorkerSettings):
         return self.settings
 
     @property
-    def read(self) -> list[Path] | None:
+    def user_paths(self) -> list[Path] | None:
         """The user's paths that it reads."""
         return self.inputs
 
@@ -67,7 +67,7 @@ class RuleSettings(WorkerSettings):
         return self.judge_twice
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The function's path."""
         return self.function
 

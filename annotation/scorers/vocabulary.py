@@ -23,14 +23,13 @@ def shared_vocabulary(model: Path, rollouts: Artifact, *, required: bool) -> dic
         return {}
     if policy is None:
         raise UserError(
-            f"{rollouts.path} does not say by which vocabulary its token ids are to be read (its manifest has no fact "
-            "`vocabulary`), so nobody can tell whether the critic reads them as they are meant. Generate the rollouts "
-            "again."
+            f"{rollouts.path} does not record the vocabulary of its token ids (its manifest has no fact `vocabulary`), "
+            "so it cannot be checked that the critic has the same. Generate the rollouts again."
         )
     if not known:
         raise UserError(
-            f"critic {model} has no tokenizer, so nobody can tell whether it reads the rollouts' token ids as "
-            "they are meant. Save the tokenizer of the model that it was made from into it, with save_pretrained."
+            f"critic {model} has no tokenizer, so it cannot be checked that its vocabulary is that of the rollouts. "
+            "Save the tokenizer of the model that it was made from into its directory, with save_pretrained."
         )
     from contracts.chat import ChatTokenizer
 
@@ -38,6 +37,6 @@ def shared_vocabulary(model: Path, rollouts: Artifact, *, required: bool) -> dic
     if found != policy:
         raise UserError(
             f"{model} has another vocabulary ({found[:12]}) than the policy that sampled {rollouts.path} "
-            f"({policy[:12]}): the same token ids mean other text to it. Take a model of the policy's."
+            f"({policy[:12]}): the same token ids are other text to it. Use a model with the policy's vocabulary."
         )
     return {"vocabulary": found}

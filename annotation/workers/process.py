@@ -185,7 +185,7 @@ class FunctionProcess:
         if code in [-number for number in stopping.SIGNALS]:
             raise TransientError(f"the process of function {self.path!r} was ended by {signal.Signals(-code).name}.")
         if code == -signal.SIGKILL:
-            return "it was killed by SIGKILL: by the system, if its memory ran out (dmesg says so), or by somebody"
+            return "it was killed by SIGKILL: by the system, if memory ran out (see dmesg), or by a user"
         if code < 0:
             return f"it crashed by {signal.Signals(-code).name}; the log shows where"
         return f"it left with exit code {code}, as by os._exit"

@@ -27,7 +27,7 @@ class Rule:
         stall = stall_seconds()
         limit = stall if config.seconds_per_sample is None else config.seconds_per_sample
         self.pool = FunctionPool(
-            config.called, config.read, config.keywords, title=config.title,
+            config.target, config.user_paths, config.keywords, title=config.title,
             count=config.replicas, batch=config.samples_per_call, limit=limit, load_limit=stall,
         )  # fmt: skip
         self.samples_per_call = config.samples_per_call if self.pool.takes_many else 1
@@ -89,8 +89,8 @@ def check_function(config: WorkerSettings, seconds: float = IMPORT_SECONDS) -> s
     Raises:
         UserError: it cannot be imported, or its signature does not fit.
     """
-    read = None if config.read is None else tuple(config.read)
-    return _check(config.called, read, msgspec.json.encode(config.keywords, order="sorted"), seconds)
+    read = None if config.user_paths is None else tuple(config.user_paths)
+    return _check(config.target, read, msgspec.json.encode(config.keywords, order="sorted"), seconds)
 
 
 @functools.cache

@@ -214,8 +214,8 @@ def _parents(published: PublishedRun, iteration: int, base: str, sources: dict[s
         judge = (
             _shown(_name(str(scorer.model_path)))
             if scorer.model_path
-            else f"`{public(scorer.shown)}`"
-            if scorer.shown != scorer.kind
+            else f"`{public(scorer.display_name)}`"
+            if scorer.display_name != scorer.kind
             else ""
         )
         own = name == config.trained_scorer

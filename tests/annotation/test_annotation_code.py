@@ -116,9 +116,12 @@ lock = context.Lock()
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("not python ((", r"the prompt's answer 'not python \(\(' holds tests that are no Python: SyntaxError: "),
-        ('["assert f()", "assert f( == 1"]', r"has a test 1 that is no Python: SyntaxError: .*line 1\)"),
-        ("assert f()\0", r"that are no Python: \w+Error: source code string cannot contain null bytes"),
+        (
+            "not python ((",
+            r"the prompt's answer 'not python \(\(' holds a test that is not valid Python: SyntaxError: ",
+        ),
+        ('["assert f()", "assert f( == 1"]', r"has a test 1 that is not valid Python: SyntaxError: .*line 1\)"),
+        ("assert f()\0", r"that is not valid Python: \w+Error: source code string cannot contain null bytes"),
     ],
 )
 def test_tests_that_are_no_python_are_refused(answer: str, message: str) -> None:
@@ -250,6 +253,6 @@ def test_a_program_that_ends_before_the_tests_passes_none() -> None:
 def test_where_there_are_no_namespaces_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("annotation.scorers.code.lack_of_namespaces", lambda: "unshare: Operation not permitted")
     config = score_config(output=Path("x"), rollouts=Path("y"), kind="code")
-    with pytest.raises(UserError, match=r"gives none \(unshare: Operation not permitted\). Let users make them"):
-        config.examine()
-    score_config(output=Path("x"), rollouts=Path("y"), kind="code", isolation="limits").examine()
+    with pytest.raises(UserError, match=r"does not allow \(unshare: Operation not permitted\). Let users create them"):
+        config.check()
+    score_config(output=Path("x"), rollouts=Path("y"), kind="code", isolation="limits").check()

@@ -321,7 +321,7 @@ def test_a_judge_that_asks_for_patience_is_left_alone_by_all(tmp_path: Path, ans
         score(tmp_path, answers, server, concurrency=1)
         assert moments[1] - moments[0] > 0.55
     with serving(lambda handler, body: handler.reply({}, 429, Retry_After="86400")) as server:
-        with pytest.raises(TransientError, match=r"replied 429.* It asks to be left alone for 86400 s \(Retry-After\)"):
+        with pytest.raises(TransientError, match=r"replied 429.* It asks for a pause of 86400 s \(Retry-After\)"):
             score(tmp_path, answers, server, "later", name="later", seed=5)
         assert len(server.asked) <= 6, "nobody waits for a day"
 
@@ -371,7 +371,7 @@ def test_what_is_wrong_with_one_request_fails_its_sample_only(tmp_path: Path, an
 def test_a_judge_that_is_down_is_a_failure_that_may_pass(tmp_path: Path, answers: Artifact) -> None:
     with serving(rate) as server:
         pass
-    with pytest.raises(TransientError, match="could not be asked, or broke off"):
+    with pytest.raises(TransientError, match="could not be reached, or closed the connection"):
         score(tmp_path, answers, server, retries=1, timeout=2.0)
     with pytest.raises(TransientError, match=r"of 6 samples failed so far, more than fail_on_error=0.3"):
         score(tmp_path, answers, server, retries=0, timeout=2.0, fail_on_error=0.3)
@@ -489,11 +489,11 @@ def test_preflight_asks_the_endpoint_and_looks_for_the_key(monkeypatch: pytest.M
             assert (level, message in found) == ("error", True), found
         assert len(server.asked) == 0
     ((level, found),) = findings(url=url)
-    assert (level, "could not be asked" in found) == ("warning", True)
+    assert (level, "could not be reached" in found) == ("warning", True)
 
 
 MISTAKES = {
-    "it is no address": {"url": "localhost:8000"},
+    "it is not an HTTP URL": {"url": "localhost:8000"},
     "holds a name or a password": {"url": "http://me:secret@host/v1"},
     "url is the API's base": {"url": "http://host/v1/chat/completions"},
     "are one vote": {"votes": 3},
@@ -501,7 +501,7 @@ MISTAKES = {
     "rubric is for the built-in question": {"template": "{{ response }}", "rubric": "x"},
     "max_cost needs prices": {"max_cost": 1.0},
     "pattern has no group": {"pattern": "[0-9]"},
-    "pattern is no regular expression": {"pattern": "("},
+    "pattern is not a regular expression": {"pattern": "("},
     "ratings of one digit": {"extraction": "logprobs"},
     "is not below highest": {"lowest": 10},
     "looks like a secret": {"request": {"api_key": "x"}},

@@ -24,7 +24,7 @@ def says(kind: str, response: str, answer: str | None = None, tokens: int = 0, *
     """What a kind's function says of one answer."""
     config = score_config(output=Path("x"), rollouts=Path("y"), kind=kind, **keys)
     assert isinstance(config, WorkerSettings)
-    judge = load(config.called)
+    judge = load(config.target)
     given = {
         "messages": [], "response": response, "finish_reason": "stop", "answer": answer, "response_ids": [1] * tokens
     }  # fmt: skip
@@ -127,8 +127,8 @@ def test_json_schema() -> None:
     assert found == {"score": 0.0, "parses": 1.0, "wrong": "$.age: '3' is not of type 'integer'"}
     assert says("json_schema", '{"age": 3', definition=shape)["parses"] == 0.0
     assert says("json_schema", "[" * 100_000, definition=shape)["parses"] == 0.0
-    with pytest.raises(UserError, match=r"definition is no JSON Schema: \$.type: 'thing' is not valid"):
-        score_config(output=Path("x"), rollouts=Path("y"), kind="json_schema", definition={"type": "thing"}).examine()
+    with pytest.raises(UserError, match=r"definition is not a JSON Schema: \$.type: 'thing' is not valid"):
+        score_config(output=Path("x"), rollouts=Path("y"), kind="json_schema", definition={"type": "thing"}).check()
 
 
 def test_repetition() -> None:
@@ -144,7 +144,7 @@ def test_language() -> None:
     assert score_of("language", german, language="en", among=["de", "en", "fr"]) < 0.01
     assert says("language", "42!", language="de") is None
     with pytest.raises(UserError, match=r"knows no language 'xx'. Known: .*, de, "):
-        score_config(output=Path("x"), rollouts=Path("y"), kind="language", language="xx").examine()
+        score_config(output=Path("x"), rollouts=Path("y"), kind="language", language="xx").check()
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_math(response: str, answer: str, score: float, monkeypatch: pytest.Monk
 
 
 REFUSED = [
-    ({"kind": "regex", "pattern": "("}, "no regular expression: missing )"),
-    ({"kind": "exact_match", "extract": "["}, "no regular expression: unterminated character set"),
+    ({"kind": "regex", "pattern": "("}, "not a regular expression: missing )"),
+    ({"kind": "exact_match", "extract": "["}, "not a regular expression: unterminated character set"),
     ({"kind": "length", "low": 3, "high": 2}, "high=2 is below low=3"),
     ({"kind": "keywords"}, "required and forbidden are both empty"),
     ({"kind": "language", "language": "English"}, "write an ISO 639 code in small letters"),

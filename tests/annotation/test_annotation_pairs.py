@@ -263,8 +263,8 @@ def test_what_a_strategy_of_ones_own_does_wrong_ends_the_stage_with_its_name(tmp
 def test_a_strategy_without_an_end_is_ended(tmp_path, rollouts, own):
     scores = publish_scores(tmp_path / "scores", rollouts, by_length)
     message = (
-        r"mine.py:endless', prompt [0-9a-f]{16}: it took longer than seconds_per_prompt=0.2 and was ended "
-        r"\(.*mine.py, line \d+\)\. Take out"
+        r"mine.py:endless', prompt [0-9a-f]{16}: it took longer than seconds_per_prompt=0.2 and was stopped "
+        r"\(.*mine.py, line \d+\)\. Remove"
     )
     before = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(UserError, match=message):
@@ -278,7 +278,7 @@ def test_a_strategy_without_an_end_is_ended(tmp_path, rollouts, own):
 
 def test_a_strategy_that_draws_by_chance_is_told_how_to_draw(tmp_path, rollouts, own):
     scores = publish_scores(tmp_path / "scores", rollouts, by_length)
-    with pytest.raises(UserError, match=r"mine.py:by_chance'.*asked twice .*draw by random.Random\(prompt.seed\)"):
+    with pytest.raises(UserError, match=r"mine.py:by_chance'.*asked twice .*draw with random.Random\(prompt.seed\)"):
         make(tmp_path / "chance", rollouts, scores, strategy=f"{own}:by_chance")
     one, two = (make(tmp_path / name, rollouts, scores, strategy=f"{own}:by_seed") for name in ("one", "two"))
     other = make(tmp_path / "other", rollouts, scores, strategy=f"{own}:by_seed", seed=1)

@@ -248,7 +248,7 @@ def test_a_stage_publishes_steps_and_refuses_another_vocabulary(tmp_path, classi
     [
         ({"marker": None}, "needs marker=TOKEN"),
         ({"layout": "turns", "marker": "+"}, "needs marker=TOKEN"),
-        ({"separator_pattern": "("}, "no regular expression"),
+        ({"separator_pattern": "("}, "not a regular expression"),
         ({"separator_pattern": "\n*"}, "separates where there is nothing"),
     ],
 )
@@ -260,15 +260,15 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, classifier, policy, k
 
 def test_models_that_judge_no_steps_are_refused(tmp_path, classifier, causal, models, policy):
     with pytest.raises(UserError, match="Set layout=marker"):
-        config_of(tmp_path, classifier, policy, layout="turns").examine()
-    with pytest.raises(UserError, match="is no single token of"):
+        config_of(tmp_path, classifier, policy, layout="turns").check()
+    with pytest.raises(UserError, match="is not a single token of"):
         open_model(config_of(tmp_path, causal, policy, marker="no token"), Opening(tmp_path, lambda: 0))
     with pytest.raises(UserError, match="are the same token"):
         open_model(config_of(tmp_path, causal, policy, bad="+"), Opening(tmp_path, lambda: 0))
     with pytest.raises(UserError, match="2 labels for each token"):
-        score_config(output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=classifier).examine()
+        score_config(output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=classifier).check()
     with pytest.raises(UserError, match=r"process_reward reads a classifier of tokens .*set kind=reward_model"):
-        config_of(tmp_path, models["reward"], policy).examine()
+        config_of(tmp_path, models["reward"], policy).check()
 
 
 def test_steps_and_what_is_made_of_them():

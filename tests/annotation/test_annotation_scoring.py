@@ -377,7 +377,7 @@ def test_an_engine_that_is_not_there_is_told_before_anything_is_scored(tmp_path,
         output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=models["reward"], engine="vllm"
     )
     with pytest.raises(UserError, match=r"which this environment lacks\. A run takes the environment of generation"):
-        config.examine()
+        config.check()
     with pytest.raises(UserError, match="engine_args is for engine=vllm"):
         score_config(
             output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=models["reward"],

@@ -139,7 +139,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path, models, tokenizer):
         value(tmp_path / "scores", rollouts, bare)
 
     silent = publish(tmp_path / "silent", ROLLOUTS, [make_rollouts(2, 2)])
-    with pytest.raises(UserError, match="does not say by which vocabulary"):
+    with pytest.raises(UserError, match="does not record the vocabulary"):
         value(tmp_path / "scores", silent, models["reward"])
     assert not list(tmp_path.glob(".scores*"))
 

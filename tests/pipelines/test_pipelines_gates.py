@@ -257,7 +257,7 @@ def test_the_best_by_the_gates_keeps_its_weights(run):
         ({"metric": "spearman_gold", "below": -2, "do": "warn"}, "is at least -1"),
         ({"metric": "stop_rate", "above": 2, "difference_to": "best", "do": "warn"}, "is at most 1"),
         ({"metric": "kl", "above": 2, "relative_to": "initial", "do": "warn"}, "kl can be negative"),
-        ({"metric": "kl", "above": 2, "do": "warn", "at_most": 2}, "at_most is of do=rollback"),
+        ({"metric": "kl", "above": 2, "do": "warn", "at_most": 2}, "at_most is for do=rollback"),
         ({"metric": "kl", "above": 2, "do": "warn", "changes": {"seed": 1}}, "changes are made by do=rollback"),
         ({"metric": "response_length", "above": 12, "do": "warn"}, "at most evaluation.max_new_tokens=12 tokens"),
         ({"metric": "win_rate_previous", "below": 0.1, "relative_to": "initial", "do": "stop"}, "can never hold"),
