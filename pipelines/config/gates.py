@@ -67,7 +67,7 @@ def _require_metric(place: str, gate: GateSection, config: RunConfig) -> None:
     if gate.metric == UNCERTAINTY and UNCERTAINTY not in known:
         raise UserError(
             f"{place}.metric is {UNCERTAINTY}, by how much the scorers of an ensemble disagree, but scorers.reward "
-            f"({config.scorers['reward'].shown}) is no ensemble. Combine two scorers or more, for example "
+            f"({config.scorers['reward'].display_name}) is no ensemble. Combine two scorers or more, for example "
             "scorers.reward={kind: combined, expression: 'mean(one, other)'}, or decide by another metric."
         )
     if gate.metric not in known:
