@@ -39,9 +39,9 @@ class GuidedSection(Section):
             try:
                 re.compile(self.regex)
             except re.error as error:
-                raise ValueError(f"regex {self.regex!r} is no regular expression: {error}.") from error
+                raise ValueError(f"regex {self.regex!r} is not a regular expression: {error}.") from error
         if self.choice is not None and len(set(self.choice)) < len(self.choice):
-            raise ValueError("choice names a text twice.")
+            raise ValueError("choice contains a text twice.")
         return self
 
     @property
@@ -223,7 +223,7 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
             )
         alone = {"guided": self.guided, "thinking": self.thinking, "engine_args": self.engine_args}
         if self.engine != "vllm" and (asked := [name for name, value in alone.items() if value]):
-            raise ValueError(f"{asked[0]} is for engine=vllm; engine={self.engine} has nothing like it. Take it out.")
+            raise ValueError(f"{asked[0]} is for engine=vllm; engine={self.engine} does not support it. Leave it out.")
         if self.engine == "vllm" and max(self.temperatures) > VLLM_MAXIMUM:
             raise ValueError(
                 f"temperatures {self.temperatures}: vLLM takes none above {VLLM_MAXIMUM:g}. Lower it, or set "

@@ -213,7 +213,7 @@ def _text(answer: Answer, tokenizer: ChatTokenizer, prefill: Sequence[int], *, i
     if found is None:
         raise RuntimeError(
             f"the engine ended an answer at {answer.stop_string!r} (seed {answer.seed}), which is not in its text "
-            f"({text[-60:]!r}): it reads the tokenizer in another way"
+            f"({text[-60:]!r}): it decodes the tokens differently"
         )
     return found
 

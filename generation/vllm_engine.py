@@ -80,7 +80,7 @@ class UpdatableEngine(ABC):
         """
         probe = probe_of(policy)
         if probe is None:
-            raise UpdateError(f"nobody can tell whether the engine has the weights of {policy}")
+            raise UpdateError(f"an update to the weights of {policy} cannot be verified: it has no probe")
         found = self.call_workers("replace_weights", str(policy))
         lost = [name for worker in found for name in worker["lost"]]
         if lost:
@@ -154,7 +154,9 @@ class VllmEngine(UpdatableEngine):
             )
         except self._validation_error as error:
             if self._guided:
-                raise UserError(f"guided: vLLM cannot keep answers to this form ({error}). Write another.") from error
+                raise UserError(
+                    f"guided: vLLM cannot constrain answers to this format ({error}). Change it."
+                ) from error
             raise
         except Exception as error:
             if dead := self._dead_workers():

@@ -112,7 +112,7 @@ def _without_tied_copies(state: dict[str, Tensor], model: Any) -> dict[str, Tens
     for second, first in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if second in state and first in state:
             if not torch.equal(state[second], state[first].to(state[second].dtype)):
-                raise RuntimeError(f"{second} and {first} are one tensor, but training has moved them apart")
+                raise RuntimeError(f"{second} and {first} are tied, but differ after training")
             del kept[second]
     return kept
 
@@ -221,7 +221,7 @@ def _validate(path: Path, expected: dict[str, Tensor]) -> None:
             if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
                 raise RuntimeError(f"tensor {name} of the checkpoint is empty or not finite")
             if not torch.equal(tensor, expected[name]):
-                raise RuntimeError(f"tensor {name} was not written as it is in memory")
+                raise RuntimeError(f"tensor {name} was not written correctly: it differs from memory")
 
 
 def _config(start: Path, config: Any, dtype: torch.dtype, changes: dict[str, Any]) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class Sources:
         numbers = [completion.sample for completion in rollout.completions]
         if len(set(numbers)) < len(numbers):
             raise UserError(
-                f"{self.rollouts.path}: prompt {rollout.prompt_id} has two samples of the same number ({numbers}), so "
+                f"{self.rollouts.path}: prompt {rollout.prompt_id} has two samples with the same index ({numbers}), so "
                 "their scores cannot be told apart. Generate again."
             )
 
@@ -211,8 +211,8 @@ class Sources:
         if wanted is None or found != wanted:
             raise UserError(
                 f"{name}={self.scores[name].path} does not say that its model has the vocabulary of the policy that "
-                f"sampled {self.rollouts.path} ({found} and {wanted}), so nobody can tell whether both mean the same "
-                "tokens. Generate and score again, with a model that has the policy's tokenizer."
+                f"sampled {self.rollouts.path} ({found} and {wanted}), so their token ids may not match. Generate and "
+                "score again, with a model that has the policy's tokenizer."
             )
 
     def _read_greedy(self, sampled: Artifact, scores: Artifact) -> Iterator[tuple[str, tuple[tuple[int, ...], float]]]:
@@ -231,8 +231,8 @@ class Sources:
             first = rollout.completions[0]
             if len(rollout.completions) > 1 or first.sampling is None or first.sampling.temperature != 0:
                 raise UserError(
-                    f"greedy_rollouts={sampled.path}: prompt {rollout.prompt_id} has not one greedy answer. Generate "
-                    "with k=1 and temperatures=[0]."
+                    f"greedy_rollouts={sampled.path}: prompt {rollout.prompt_id} does not have exactly one greedy "
+                    "answer. Generate with k=1 and temperatures=[0]."
                 )
             if first.sample in found["greedy"]:
                 yield rollout.prompt_id, (rollout.prompt_ids, found["greedy"][first.sample].score)

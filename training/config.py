@@ -286,7 +286,9 @@ def require_correctable(description: Description, settings: PolicySettings) -> N
 
 def _check_inputs(algorithm: str, inputs: list[Path] | None) -> None:
     if inputs is not None and algorithm in BUILT_IN:
-        raise ValueError(f"inputs are what an algorithm of your own reads; algorithm={algorithm} reads no files.")
+        raise ValueError(
+            f"inputs is for files that your own algorithm reads; algorithm={algorithm} reads none. Leave it out."
+        )
 
 
 class CriticSettings(TrainingSettings):

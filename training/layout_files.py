@@ -45,8 +45,8 @@ def read_layout(path: Path) -> dict[str, Any]:
     if more:
         words = ", ".join(f"{name}: {value}" for name, value in layout.items())
         raise UserError(
-            f"{path} says more than how a model is spread. Write parallel={{{words}}} instead of the file, and beside "
-            f"it: {'; '.join(more)}."
+            f"{path} has settings other than the parallel layout. Write parallel={{{words}}} instead of the file, and "
+            f"in addition: {'; '.join(more)}."
         )
     return layout
 
@@ -56,7 +56,7 @@ def _from_accelerate(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], 
     if distributed_type not in TYPES:
         raise UserError(
             f"{path}: distributed_type is {distributed_type}, which Ratchet does not have. Write a layout: tp and pp "
-            "divide layers, sp sequences, zero shares out (1, 2, 3 or fsdp2)."
+            "divide layers, sp divides sequences, and zero shards (1, 2, 3 or fsdp2)."
         )
     layout: dict[str, Any] = {}
     more: list[str] = []

@@ -105,9 +105,9 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
     except Exception as error:  # safetensors raises one type for everything
         raise UserError(f"{adapter / WEIGHTS} is cut off or damaged: {error}. Save the adapter again.") from error
     if broken:
-        raise UserError(f"{adapter / WEIGHTS}: {broken[0]} has values that are no numbers (NaN or infinite).")
+        raise UserError(f"{adapter / WEIGHTS}: {broken[0]} has values that are not finite.")
     if not shapes or str(peft_type) not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA"):
-        raise UserError(f"{adapter} is an adapter of the kind {peft_type}, which is no change of weights to be merged.")
+        raise UserError(f"{adapter} is an adapter of type {peft_type}, which cannot be merged into weights.")
     return settings, shapes
 
 

@@ -37,8 +37,8 @@ def padding_token(model: Path, model_config: Any) -> int:
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise UserError(
-            f"the tokenizer of {model} has neither a padding nor an EOS token, so nobody could score a batch by "
-            "the reward model. Set pad_token in its tokenizer_config.json."
+            f"the tokenizer of {model} has neither a padding nor an EOS token, which a classifier needs for batches. "
+            "Set pad_token in its tokenizer_config.json."
         )
     return int(found)
 

@@ -297,10 +297,11 @@ class Nodes:
         reason = ""
         if node and (first := _decode(store.get(_key(0)))).training != self._own.training:
             reason = (
-                f"is of another training ({self._own.training}) than node 0 at {self.rendezvous} ({first.training})"
+                f"belongs to another training ({self._own.training}) than node 0 at {self.rendezvous} "
+                f"({first.training})"
             )
         elif _decode(store.compare_set(_key(node), "", _encode(self._own))).token != self._own.token:
-            reason = f"has NODE_RANK={node}, which another one has that is with node 0 at {self.rendezvous} already"
+            reason = f"has NODE_RANK={node}, like another node that has joined node 0 at {self.rendezvous}"
         if reason:
             raise UserError(
                 f"the node {self._own.host} {reason}. Give all nodes the same command, and each a NODE_RANK of its own."

@@ -162,11 +162,13 @@ def _require_updates(found: Any, what: str, state: Mapping[str, float]) -> Stati
                 f"{what} returned {name!r} as {type(value).__name__}; return numbers or tensors."
             ) from error
         if not math.isfinite(updates[name]):
-            raise UserError(f"{what} returned {name!r} as {updates[name]}, from which nothing can be computed.")
+            raise UserError(f"{what} returned {name!r} as {updates[name]}; it must be finite.")
     if missing := [name for name in state if not isinstance(updates.get(name), float)]:
-        raise UserError(f"{what} did not return the number {missing[0]!r}, which STATE says that it keeps.")
+        raise UserError(f"{what} did not return the number {missing[0]!r}, which is in STATE.")
     if taken := RESERVED & updates.keys():
-        raise UserError(f"{what} returned a number named {min(taken)!r}, which the log has for itself. Rename it.")
+        raise UserError(
+            f"{what} returned a number named {min(taken)!r}, a name that the training log uses itself. Rename it."
+        )
     return updates
 
 
@@ -183,7 +185,9 @@ def _require_metrics(found: Any, what: str, names: set[str], whole: int | None =
             shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{what} returned {name!r} as {shape}, not as a tensor of shape () like batch.mean's.")
     if taken := RESERVED & found.keys():
-        raise UserError(f"{what} returned a metric named {min(taken)!r}, which the log has for itself. Rename it.")
+        raise UserError(
+            f"{what} returned a metric named {min(taken)!r}, a name that the training log uses itself. Rename it."
+        )
     if names and torch.is_grad_enabled() and not found["loss"].requires_grad:
         raise UserError(f"{what} returned a loss without gradient, from which nothing is learned. Do not detach it.")
     return found

@@ -90,8 +90,8 @@ def verify_checkpoint(
             allowed += NOISE * float((exact[name].float() - rounded[name].float()).abs().mean())
         if not found <= allowed:
             raise RuntimeError(
-                f"the checkpoint, read back, gives other {name} than the model that was trained: they differ by "
-                f"{found:.3g}, where rounding explains {allowed:.3g}. Nothing is published."
+                f"the checkpoint, read back, computes other {name} than the trained model: they differ by {found:.3g}, "
+                f"of which rounding explains at most {allowed:.3g}. Nothing is published."
             )
         differences[name] = found
     return {"differences": differences, "rows": len(rows), "tokens": int(batch.input_ids.numel())}

@@ -129,14 +129,14 @@ def _read_description(algorithm: str) -> Description:
         for setting, value in own.items():
             if repr(settings.setdefault(setting, value)) != repr(value):
                 raise UserError(
-                    f"{source.what}: the setting {setting!r} has one default or type in the function {name!r} "
-                    "and another one before; give it the same in both."
+                    f"{source.what}: the setting {setting!r} has another default or type in the function {name!r} "
+                    "than in an earlier one; give it the same in both."
                 )
     for setting in source.constant("LIMITS", {}):
         if setting not in settings:
             raise UserError(
-                f"{source.what}: LIMITS has {setting!r}, which is no setting.{did_you_mean(setting, settings)} Name a "
-                "keyword argument of its functions."
+                f"{source.what}: LIMITS has {setting!r}, which is not a setting.{did_you_mean(setting, settings)} "
+                "Name a keyword argument of its functions."
             )
     for setting, text in (limits | source.constant("LIMITS", {})).items():
         if setting in settings:
@@ -151,7 +151,7 @@ def _read_description(algorithm: str) -> Description:
                 ) from error
     state = source.constant("STATE", {})
     if state and found["update"] is None:
-        raise UserError(f"{source.what}: STATE is kept by a function 'update', which there is not.")
+        raise UserError(f"{source.what}: STATE needs a function 'update', which is missing.")
     off_policy = source.constant("OFF_POLICY", reads == "pairs")
     corrects = reads == "samples" and not off_policy
     corrections = tuple(source.constant("CORRECTIONS", get_args(Level) if corrects else ()))

@@ -152,7 +152,7 @@ def test_a_form_that_vllm_cannot_keep_answers_to_is_the_users_mistake(
     message = refuse(
         tmp_path / "out", policy=policy, prompts=prompts, count=1, max_new_tokens=9, guided={"grammar": "root ::= ("}
     )
-    assert "guided: vLLM cannot keep answers to this form" in message
+    assert "guided: vLLM cannot constrain answers to this format" in message
 
 
 @pytest.mark.slow
@@ -226,8 +226,8 @@ def config(**values: Any) -> GenerationConfig:
         ({"stop": [""]}, "at least 1 character"),
         ({"guided": {"regex": "a", "choice": ["b"]}}, "set exactly one of json_schema, regex, choice, grammar, not 2"),
         ({"guided": {}}, "not 0"),
-        ({"guided": {"regex": "(a"}}, "is no regular expression"),
-        ({"guided": {"choice": ["a", "a"]}}, "names a text twice"),
+        ({"guided": {"regex": "(a"}}, "is not a regular expression"),
+        ({"guided": {"choice": ["a", "a"]}}, "contains a text twice"),
         ({"guided": {"regex": "a"}, "logprob_mode": "raw"}, "Set logprob_mode=processed"),
         ({"guided": {"regex": "a"}, "engine": "transformers"}, "guided is for engine=vllm"),
         ({"thinking": {"tokens": 5}, "engine": "transformers"}, "thinking is for engine=vllm"),

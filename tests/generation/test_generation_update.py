@@ -109,7 +109,7 @@ def test_an_engine_with_new_weights_answers_as_one_that_has_loaded_them(policy: 
         assert found[f"same {tied}"]
         assert found[f"back {tied}"]
         assert "differ from the trainer's by" in found[f"wrong {tied}"]
-        assert "nobody can tell" in found[f"unknown {tied}"]
+        assert "cannot be verified" in found[f"unknown {tied}"]
 
 
 WORKERS = '''
@@ -251,7 +251,7 @@ def test_an_engine_that_fails_costs_a_start_and_a_damaged_checkpoint_is_refused(
     assert "the engine could not be kept and is loaded anew" in capsys.readouterr().err
     third, start = held("2")
     assert (start, second.closed, third is second) == ("loaded", True, False)
-    assert "nobody can tell" in capsys.readouterr().err
+    assert "cannot be verified" in capsys.readouterr().err
     monkeypatch.setattr(run, "input_damage", lambda source: [f"{source}/model.safetensors has other bytes"])
     with pytest.raises(UserError, match=r"is damaged: .*model.safetensors has other bytes"):
         held("3")

@@ -331,7 +331,7 @@ def change_completion(**fields: Any) -> Callable[[str, list[Any]], list[Any]]:
         (
             "raft",
             lambda name, rows: drop("rewards", (1, 0))(name, change_completion(sample=1)(name, rows)),
-            "two samples of the same number",
+            "two samples with the same index",
         ),
         ("remax", change_row("greedy_rollouts", 2, prompt_ids=(1, 2)), "other token ids for prompt prompt-002"),
         ("remax", lambda name, rows: rows if name != "greedy_rollouts" else make_rollouts(8, 1), "not one greedy"),

@@ -112,7 +112,7 @@ def test_a_checkpoint_that_is_another_model_is_not_published(
 
     monkeypatch.setattr("training.fit.merge_adapters", unmerged)
     settings = dpo_settings(models, pairs, tmp_path / "out", learning_rate=1e-1)
-    with pytest.raises(RuntimeError, match="read back, gives other logprobs than the model that was trained"):
+    with pytest.raises(RuntimeError, match="read back, computes other logprobs than the trained model"):
         run_here("policy", **settings, lora=LORA)
     assert not (tmp_path / "out").exists()
 

@@ -115,10 +115,10 @@ def damage(adapter: Path, name: str) -> None:
     [
         ("pickled", "has no adapter_model.safetensors; other formats can run code"),
         ("cut", "adapter_model.safetensors is cut off or damaged"),
-        ("nan", "has values that are no numbers"),
+        ("nan", "has values that are not finite"),
         ("less", "does not belong to"),
         ("more", "does not belong to"),
-        ("soft", "of the kind PROMPT_TUNING, which is no change of weights"),
+        ("soft", "of type PROMPT_TUNING, which cannot be merged into weights"),
         ("none", "is no adapter: it has no adapter_config.json"),
     ],
 )

@@ -378,7 +378,7 @@ def test_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) -> None:
     assert isinstance(found[0], TransientError)
     assert re.match("node 2 of the 3 nodes of this training did not come to 127.0.0.1", str(found[0]))
     assert [type(error) for error in found[1:3]].count(UserError) == 1
-    assert any("has NODE_RANK=1, which another one has" in str(error) for error in found[1:3])
+    assert any("has NODE_RANK=1, like another node that has joined" in str(error) for error in found[1:3])
     assert isinstance(found[3], UserError)
     assert "of another training (another one) than node 0" in str(found[3])
 

@@ -230,7 +230,7 @@ LOSS = "def loss(batch): ...\n"
         ),
         (
             f'{HEAD}LIMITS = {{"bta": "> 0"}}\ndef loss(b, *, beta=1): ...\n',
-            "has 'bta', which is no setting. Did .* 'beta'",
+            "has 'bta', which is not a setting. Did .* 'beta'",
         ),
         (
             f'{HEAD}LIMITS = {{"beta": "above 0"}}\ndef loss(b, *, beta=1): ...\n',
@@ -253,10 +253,10 @@ LOSS = "def loss(batch): ...\n"
             r"CORRECTIONS is \('word',\); write CORRECTIONS = \(\"sequence\", \"geometric\"\)",
         ),
         (f"{HEAD}STATE = {{'mean': None}}\n{LOSS}", "STATE is {'mean': None}; write STATE = "),
-        (f"{HEAD}STATE = {{'mean': 0}}\n{LOSS}", "STATE is kept by a function 'update', which there is not"),
+        (f"{HEAD}STATE = {{'mean': 0}}\n{LOSS}", "STATE needs a function 'update', which is missing"),
         (
             f"{HEAD}def loss(batch, *, beta: float = 0.1): ...\ndef statistics(batch, *, beta: float = 0.2): ...\n",
-            "the setting 'beta' has one default or type in the function 'statistics' and another",
+            "the setting 'beta' has another default or type in the function 'statistics' than in an earlier one",
         ),
     ],
 )

@@ -89,8 +89,8 @@ def test_tags_and_truncation_of_pairs_reach_an_algorithm(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("state", "update did not return the number 'seen', which STATE says that it keeps"),
-        ("nan", "update returned 'seen' as nan, from which nothing can be computed"),
+        ("state", "update did not return the number 'seen', which is in STATE"),
+        ("nan", "update returned 'seen' as nan; it must be finite"),
         ("name", "loss and its update both return a metric 'loss'. Rename one"),
     ],
 )
@@ -127,5 +127,5 @@ def test_what_an_algorithm_reads_is_part_of_what_it_makes(
         settings = dpo_settings(models, pairs, tmp_path / content, algorithm=algorithm, inputs=[words], epochs=2)
         found.append(run_here("policy", **settings).manifest)
     assert found[0].key != found[1].key
-    with pytest.raises(UserError, match="inputs are what an algorithm of your own reads; algorithm=dpo reads no files"):
+    with pytest.raises(UserError, match="inputs is for files that your own algorithm reads; algorithm=dpo reads none"):
         run_here("policy", **dpo_settings(models, pairs, tmp_path / "out", inputs=[words]))
