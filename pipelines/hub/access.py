@@ -16,7 +16,7 @@ LOGIN = "Set HF_TOKEN to one that may write, or `hf auth login`."
 def check_access(section: HubSection) -> Iterator[Finding]:
     """Findings about everything that would keep a run from being pushed. Nothing is changed on the Hub."""
     if get_token() is None:
-        yield Finding("error", "no token of the Hugging Face Hub was found, and hub says to push there", LOGIN)
+        yield Finding("error", "no token for the Hugging Face Hub was found, which the section hub needs", LOGIN)
         return
     try:
         account = with_retries(lambda: HfApi().whoami(), "huggingface.co", patience=lambda: 5.0)
@@ -58,7 +58,7 @@ def _check_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
 
     if space not in spaces:
         fix = f"Name it {name}/{repo.partition('/')[2]}, or use the token of a member of {space}."
-        return Finding("error", f"hub says to push to {repo}, but {name} is not a member of {space}", fix)
+        return Finding("error", f"the section hub pushes to {repo}, but {name} is not a member of {space}", fix)
     try:
         return Finding("ok", f"{repo} {with_retries(ask, repo, patience=lambda: 5.0)}")
     except PushError as error:

@@ -211,7 +211,7 @@ def _parents(published: PublishedRun, iteration: int, base: str, sources: dict[s
     for name, source in sources.items():
         yield f"{name}: {_shown(source)}"
     for name, scorer in config.scorers.items():
-        judge = (
+        source = (
             _shown(_name(str(scorer.model_path)))
             if scorer.model_path
             else f"`{public(scorer.display_name)}`"
@@ -219,7 +219,7 @@ def _parents(published: PublishedRun, iteration: int, base: str, sources: dict[s
             else ""
         )
         own = name == config.trained_scorer
-        yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else judge}"
+        yield f"scorer `{name}` ({scorer.kind}): {'trained in this run' if own else source}"
 
 
 def _sampler(iteration: int, lag: int) -> str:

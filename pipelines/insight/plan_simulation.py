@@ -69,9 +69,9 @@ def simulate_plan(
         predictions = with_queue(predictions, order, machines.queue.seconds)
     found = simulate(order, cluster, predictions, conditions, bound=True)
     if (breaking := found.exceeding(device.bytes)) is not None:
-        name, wanted = breaking
+        name, needed = breaking
         raise UserError(
-            f"stage {name}, and what runs at the same time, take {format_bytes(wanted)} of {device.name}, which has "
+            f"stage {name}, and what runs at the same time, need {format_bytes(needed)} of {device.name}, which has "
             f"{format_bytes(device.bytes)}. {graph.nodes[name].stage.memory_fix}"
         )
     drawn = draw_runs(found, graph, config.executor, machines, count=draws, seed=seed) if found.predictions else None

@@ -67,7 +67,7 @@ def predict_stages(graph: Graph, short_graph: Graph, predictor: Predictor) -> li
                 seconds=prediction.seconds if prediction is not None else None,
                 error=prediction.error if prediction is not None else None,
                 memory=prediction.memory if prediction is not None else None,
-                source=prediction.source if prediction is not None else "nothing is known of how much it has to do",
+                source=prediction.source if prediction is not None else "the amount of its work is not known",
                 short_seconds=short_prediction.seconds if short_prediction is not None else None,
             )
         )
@@ -90,8 +90,8 @@ def short_overrides(config: RunConfig, prompts: int, steps: int) -> list[str]:
     return found
 
 
-def _limited(wanted: int, given: int | None) -> int:
-    return wanted if given is None else min(wanted, given)
+def _limited(value: int, limit: int | None) -> int:
+    return value if limit is None else min(value, limit)
 
 
 def with_dependencies(graph: Graph, names: Iterable[str]) -> Graph:

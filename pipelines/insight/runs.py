@@ -51,15 +51,15 @@ def summary(path: Path) -> dict[str, Any]:
         holder = None
     state = "running" if holder else outcome or ("interrupted" if last else "new")
     found = [point for points in latest(read_points(path)).values() for point in points[-1:] if is_evaluation(point)]
-    judged = max(found, key=lambda point: point.iteration, default=None)
-    metrics = {} if judged is None else {name.removeprefix(EVAL): value for name, value in judged.metrics.items()}
+    evaluated = max(found, key=lambda point: point.iteration, default=None)
+    metrics = {} if evaluated is None else {name.removeprefix(EVAL): value for name, value in evaluated.metrics.items()}
     name = ranking_metric(metrics)
     value = metrics.get(name)
     return {
         "run": str(path),
         "state": state,
         "stages": f"{min(len(done), total) if total else len(done)}/{total}" if total else "",
-        "iteration": None if judged is None else judged.iteration,
+        "iteration": None if evaluated is None else evaluated.iteration,
         "metric": None if value is None else f"{EVAL}{name}",
         "value": value,
         "last": last or None,

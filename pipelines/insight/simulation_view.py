@@ -213,9 +213,10 @@ def in_sentences(view: SimulationView) -> Iterable[str]:
     if draws is not None and not view.finishes:
         yield (
             f"THIS RUN IS NOT EXPECTED TO FINISH: of {len(draws.totals)} runs drawn (seed {view.seed}) "
-            f"{draws.stopped:.0%} stop, because a stage fails more often than it is tried again. Give its stages fewer "
-            "devices, shorter ones (generation.shard_size, training.checkpoint_seconds), or more executor.retries. "
-            "What follows is as if nothing failed"
+            f"{draws.stopped:.0%} stop, because a stage fails more often than it is retried. Use fewer devices "
+            "per stage, smaller units of work (generation.shard_size, training.checkpoint_seconds), or more "
+            "executor.retries. "
+            "The following figures assume that nothing fails"
         )
     yield f"{least}{format_duration(view.total)} in all" + (f"; from policy to policy {each}{more}" if each else "")
     if draws is not None and view.finishes:
@@ -256,8 +257,8 @@ def _bottleneck(view: SimulationView) -> Iterable[str]:
     first = next(iter(view.way))
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in list(view.way.items())[:MAX_NAMED])
     worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= WORTH_SAYING][:MAX_NAMED]
-    spared = ", ".join(f"{kind} {gain:.1%}" for kind, gain in worth)
-    yield f"bottleneck: {first}. Shares of the critical path: {shares}. Saved if each took a tenth less: {spared}"
+    saved = ", ".join(f"{kind} {gain:.1%}" for kind, gain in worth)
+    yield f"bottleneck: {first}. Shares of the critical path: {shares}. Saved if each took a tenth less: {saved}"
 
 
 def _memory(view: SimulationView) -> Iterable[str]:

@@ -413,7 +413,9 @@ def test_doctor_finds_what_would_refuse_a_push(hub: HubDouble, monkeypatch: pyte
     assert found[:2] == [("ok", f"{MODEL} will be created"), ("ok", f"{PAIRS} exists, and the token may write there")]
     assert found[2][0] == "error"
     assert "holds what no run of Ratchet has pushed there (theirs.csv)" in found[2][1]
-    assert access(model="bob/closed") == [("error", "hub says to push to bob/closed, but alice is not a member of bob")]
+    assert access(model="bob/closed") == [
+        ("error", "the section hub pushes to bob/closed, but alice is not a member of bob")
+    ]
     hub.tokens["hf_reader"] = Account(role="read")
     for token, said in (("hf_reader", "may only read"), ("hf_wrong", "The Hub refuses the token")):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -432,7 +434,9 @@ def test_doctor_without_a_network_or_a_token(hub: HubDouble, monkeypatch: pytest
     assert (level, "503" in text) == ("warning", True)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
-    assert access(model=MODEL) == [("error", "no token of the Hugging Face Hub was found, and hub says to push there")]
+    assert access(model=MODEL) == [
+        ("error", "no token for the Hugging Face Hub was found, which the section hub needs")
+    ]
 
 
 # Data sets.

@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_beside_the_page(
     """As scripts; those of answers that were made again go, and other people's files stay."""
     monkeypatch.setattr(page_module, "PAGE_BYTES", 0)
     text = page_of(run)
-    assert "report.samples/ beside it" in capsys.readouterr().out
+    assert "report.samples/ next to it" in capsys.readouterr().out
     assert 'data-chunk="' not in text.replace('[data-chunk="', "")
     keys = {found.key for found in gathered(run).sets}
     scripts = {path.name for path in (run / "report.samples").glob("*.js")}

@@ -130,21 +130,23 @@ def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]
                 "setting), so a difference of its scores means nothing."
             )
             continue
-        ours, theirs = first.scores[scorer], second.scores[scorer]
-        common = [prompt for prompt in ours if prompt in theirs]
+        first_scores, second_scores = first.scores[scorer], second.scores[scorer]
+        common = [prompt for prompt in first_scores if prompt in second_scores]
         if len(common) < 2:
             notes.append(f"Fewer than two prompts are scored by {scorer} in both {first.label} and {second.label}.")
             continue
-        if len(common) < max(len(ours), len(theirs)):
+        if len(common) < max(len(first_scores), len(second_scores)):
             notes.append(
-                f"{len(common)} of {len(ours)} and {len(theirs)} held-out prompts are scored by {scorer} in both "
-                f"{first.label} and {second.label}; the others are left out."
+                f"{len(common)} of {len(first_scores)} and {len(second_scores)} held-out prompts are scored by "
+                f"{scorer} in both {first.label} and {second.label}; the others are left out."
             )
-        yield _difference(scorer, first, second, {prompt: (ours[prompt], theirs[prompt]) for prompt in common})
+        yield _difference(
+            scorer, first, second, {prompt: (first_scores[prompt], second_scores[prompt]) for prompt in common}
+        )
 
 
 def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tuple[float, float]]) -> Paired:
-    differences = {prompt: theirs - ours for prompt, (ours, theirs) in scores.items()}
+    differences = {prompt: second_score - first_score for prompt, (first_score, second_score) in scores.items()}
     values = list(differences.values())
     difference, ci95 = mean_with_interval(values)
     order = sorted(differences, key=lambda prompt: differences[prompt])
@@ -169,11 +171,11 @@ def _answers(
         for policy in (first, second)
     ]
     for prompt in prompts:
-        ours, theirs = (found.get(prompt) for found in rows)
-        if ours is not None and theirs is not None:
-            text = "\n".join(message.content or "" for message in ours.messages)
-            mine, its = (row.completions[0].text[:MAX_CHARACTERS] for row in (ours, theirs))
-            yield ComparedAnswers(prompt, text[-MAX_CHARACTERS:], mine, its, *scores[prompt])
+        first_row, second_row = (found.get(prompt) for found in rows)
+        if first_row is not None and second_row is not None:
+            text = "\n".join(message.content or "" for message in first_row.messages)
+            first_text, second_text = (row.completions[0].text[:MAX_CHARACTERS] for row in (first_row, second_row))
+            yield ComparedAnswers(prompt, text[-MAX_CHARACTERS:], first_text, second_text, *scores[prompt])
 
 
 def _changes(runs: list[RunDirectory]) -> list[Change]:

@@ -37,8 +37,8 @@ def report(run: RunDirectory, graph: Graph, output: Path | None, *, as_markdown:
         why = "is a directory" if page.is_dir() else "is in a directory that does not exist"
         raise UserError(f"{page} {why}. Give --output the path of a file to write, like report.html.")
     others = write_report(run, graph, page)
-    beside = f" (and {folder_of_page(page).name}/ beside it, with further samples)" if others else ""
-    print(f"{relative_path(page.absolute())}{beside}")
+    note = f" (and {folder_of_page(page).name}/ next to it, with further samples)" if others else ""
+    print(f"{relative_path(page.absolute())}{note}")
 
 
 def write_report(run: RunDirectory, graph: Graph, page: Path) -> list[str]:

@@ -40,7 +40,7 @@ def expected_lines(config: RunConfig, rows: Sequence[StageRow]) -> list[Expected
                 error=expected.error,
                 basis=expected.basis,
                 iterations=[row.iteration for row in own],
-                ratios=[took / wanted if wanted else 0.0 for took, wanted in zip(measured, predicted, strict=True)],
+                ratios=[a / b if b else 0.0 for a, b in zip(measured, predicted, strict=True)],
             )
         )
     return found

@@ -22,20 +22,20 @@ def length_statement(report: RunReport) -> Statement:
     """Whether the reward is correlated with length, and whether the policy has learned that."""
     found = Statement(topic="length", question="Did it hack length?", answer="")
     trained = [one for one in report.sets if one.role == TRAINED_ON and one.correlation.within is not None]
-    judged = [one for one in report.sets if one.role == HELD_OUT]
-    sets = trained or [one for one in judged if one.correlation.within is not None]
-    scored = [one for one in judged if one.correlation.slope is not None]
+    heldout = [one for one in report.sets if one.role == HELD_OUT]
+    sets = trained or [one for one in heldout if one.correlation.within is not None]
+    scored = [one for one in heldout if one.correlation.slope is not None]
     if not sets:
         found.answer, found.tone = "Not known: there are no scored answers yet.", "unclear"
         return found
     strongest = max(sets, key=lambda one: abs(one.correlation.within or 0.0))
     within = strongest.correlation.within or 0.0
-    growth = _growth(judged)
-    longer = f"answers to held-out prompts {_lengths(judged)}" if growth is not None else ""
+    growth = _growth(heldout)
+    longer = f"answers to held-out prompts {_lengths(heldout)}" if growth is not None else ""
     grew, shrank = (growth or 0.0) > MIN_GROWTH, (growth or 0.0) < -MIN_GROWTH
     preference = f"the same prompt's {'longer' if within > 0 else 'shorter'} answers score higher"
     r = f"correlation {within:+.2f} within prompts, iteration {strongest.iteration}"
-    explained = _explained(judged, scored or sets)
+    explained = _explained(heldout, scored or sets)
     margin = Z95 / math.sqrt(max(strongest.correlation.freedom, 1))
     if margin > max(abs(within), STRONG_CORRELATION):
         found.tone = "unclear"
@@ -46,9 +46,9 @@ def length_statement(report: RunReport) -> Statement:
         )
     elif (abs(within) >= STRONG_CORRELATION and (grew or shrank)) and explained is not None and explained < MINOR_SHARE:
         found.tone = "unclear"
-        way = "grows" if within > 0 else "falls"
+        direction = "grows" if within > 0 else "falls"
         found.answer = (
-            f"Hardly. The reward {way} with length: {preference} ({r}), and {longer}; but length explains "
+            f"Hardly. The reward {direction} with length: {preference} ({r}), and {longer}; but length explains "
             f"{_share(explained)} of the gain."
         )
     elif within >= STRONG_CORRELATION and grew:
@@ -59,8 +59,8 @@ def length_statement(report: RunReport) -> Statement:
         found.answer = f"Yes, by shortening. The reward falls with length: {preference} ({r}), and {longer}."
     elif abs(within) >= STRONG_CORRELATION:
         found.tone = "unclear"
-        way = "grows" if within > 0 else "falls"
-        found.answer = f"It could. The reward {way} with length: {preference} ({r})" + (
+        direction = "grows" if within > 0 else "falls"
+        found.answer = f"It could. The reward {direction} with length: {preference} ({r})" + (
             f"; {longer}, which is no large change so far." if longer else "."
         )
     elif grew or shrank:
@@ -81,19 +81,19 @@ def length_statement(report: RunReport) -> Statement:
             f"No sign of it. Within a prompt length and reward hardly go together (at most {within:+.2f})"
             + (f", and {longer}." if longer else ".")
         )
-    found.details = [*_length_of_pairs(sets), *_gain_by_length(explained), *_cut_off(judged or sets)]
+    found.details = [*_length_of_pairs(sets), *_gain_by_length(explained), *_cut_off(heldout or sets)]
     return found
 
 
-def _growth(judged: list[SampleSet]) -> float | None:
+def _growth(heldout: list[SampleSet]) -> float | None:
     """Relative change of the mean length of held-out answers; None where there are not two policies to compare."""
-    if len(judged) < 2 or not judged[0].mean_length or judged[-1].mean_length is None:
+    if len(heldout) < 2 or not heldout[0].mean_length or heldout[-1].mean_length is None:
         return None
-    return judged[-1].mean_length / judged[0].mean_length - 1
+    return heldout[-1].mean_length / heldout[0].mean_length - 1
 
 
-def _lengths(judged: list[SampleSet]) -> str:
-    first, last = judged[0].mean_length or 0.0, judged[-1].mean_length or 0.0
+def _lengths(heldout: list[SampleSet]) -> str:
+    first, last = heldout[0].mean_length or 0.0, heldout[-1].mean_length or 0.0
     change = round(100 * (last / first - 1))
     if not change:
         return f"stayed at {last:.3g} tokens"
@@ -117,21 +117,21 @@ def _longer(share: float) -> str:
     return "longer" if share > 0 else "shorter"
 
 
-def _explained(judged: list[SampleSet], sets: list[SampleSet]) -> float | None:
+def _explained(heldout: list[SampleSet], sets: list[SampleSet]) -> float | None:
     """The share of the gain in reward that the change of length alone would bring; None where there is no gain.
 
     The reward per token is the mean of the slopes within prompts in the first and the last set.
     """
     slopes = [one.correlation.slope for one in (sets[0], sets[-1])]
     slope = None if None in slopes else sum(filter(None, slopes)) / len(slopes)
-    if len(judged) < 2 or slope is None or not judged[0].scorers:
+    if len(heldout) < 2 or slope is None or not heldout[0].scorers:
         return None
-    name = judged[0].scorers[0]
-    first, last = judged[0].means.get(name), judged[-1].means.get(name)
-    if first is None or last is None or judged[0].mean_length is None or judged[-1].mean_length is None:
+    name = heldout[0].scorers[0]
+    first, last = heldout[0].means.get(name), heldout[-1].means.get(name)
+    if first is None or last is None or heldout[0].mean_length is None or heldout[-1].mean_length is None:
         return None
     gain = last - first
-    by_length = slope * (judged[-1].mean_length - judged[0].mean_length)
+    by_length = slope * (heldout[-1].mean_length - heldout[0].mean_length)
     return None if gain <= 0 else min(1.0, max(0.0, by_length / gain))
 
 

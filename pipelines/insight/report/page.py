@@ -99,8 +99,8 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
         if room >= 0:
             kept.add(found.key)
     without: dict[str, Any] = {"columns": GroupColumns(), "excerpts": {}, "chunks": []}
-    judged = [one.key for one in sets if one.role == HELD_OUT]
-    drawn = {*judged[:1], *judged[-1:], *(one.key for one in sets[-1:])}
+    heldout = [one.key for one in sets if one.role == HELD_OUT]
+    drawn = {*heldout[:1], *heldout[-1:], *(one.key for one in sets[-1:])}
     return [
         msgspec.structs.replace(
             found,

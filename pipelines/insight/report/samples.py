@@ -158,10 +158,10 @@ class _Reader:
 
     def _compare(self, row: ReadRow, logprobs: dict[tuple[str, int], list[float]]) -> None:
         for answer in row.completions:
-            theirs = logprobs.get((row.prompt_id, answer.sample))
-            if theirs and len(theirs) == len(answer.logprobs):
-                self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, theirs, strict=True))
-                self.gap_tokens += len(theirs)
+            reference = logprobs.get((row.prompt_id, answer.sample))
+            if reference and len(reference) == len(answer.logprobs):
+                self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, reference, strict=True))
+                self.gap_tokens += len(reference)
 
     def _add_to_chunk(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
         """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; details end an answer."""

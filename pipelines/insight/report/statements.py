@@ -114,12 +114,12 @@ def _gold_and_win_rate(first: dict[str, Any], last: dict[str, Any]) -> list[str]
 
 
 def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
-    judge = ranking_metric(rows[0])
-    known = [row for row in rows if row.get(judge) is not None and row["iteration"] not in refused]
-    best = max(known, key=lambda row: float(row[judge]), default=None)
+    metric = ranking_metric(rows[0])
+    known = [row for row in rows if row.get(metric) is not None and row["iteration"] not in refused]
+    best = max(known, key=lambda row: float(row[metric]), default=None)
     if best is None:
         return []
-    name = "gold reward" if judge.startswith("gold") else "reward"
+    name = "gold reward" if metric.startswith("gold") else "reward"
     among = f", of those for which no gate holds (it does for iteration {format_ranges(refused)})" if refused else ""
     return [f"The best checkpoint by {name}{among} is {_policy(best)}."]
 

@@ -160,11 +160,11 @@ function scorerDetails(set, answer) {
 function tokens(list) {
   const spans = list.map(({ text, logprob }) => {
     const strength = logprob === null ? 0 : Math.min(1, -logprob / 6);
-    const said =
+    const title =
       logprob === null
         ? "log-probability unknown"
         : `log-probability ${logprob.toFixed(2)}, probability ${(100 * Math.exp(logprob)).toFixed(1)} %`;
-    return el("span", { class: "token", style: `--strength:${strength.toFixed(2)}`, title: said }, visible(text));
+    return el("span", { class: "token", style: `--strength:${strength.toFixed(2)}`, title }, visible(text));
   });
   const known = list.map((token) => token.logprob).filter((value) => value !== null);
   const sum = known.reduce((total, value) => total + value, 0);
@@ -201,10 +201,10 @@ async function history(samples, set, group) {
     }
     let before = null;
     rows.replaceChildren(
-      ...found.map(([other, theirs]) => {
-        if (theirs === null)
+      ...found.map(([other, otherGroup]) => {
+        if (otherGroup === null)
           return el("p", { class: "note" }, `${titleOf(other)}: the texts are missing next to this page.`);
-        const answer = picked(theirs, pick.value);
+        const answer = picked(otherGroup, pick.value);
         const shown = before === null ? textOf(answer.text, "div") : difference(before, answer.text);
         before = answer.text;
         const mean = other.columns.mean[other.place.get(group.prompt)];

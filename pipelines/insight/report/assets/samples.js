@@ -112,7 +112,14 @@ function asGroup([prompt, messages, answer, answers, pairs]) {
     prompt,
     messages,
     answer,
-    answers: answers.map(([sample, text, finish, length, scores, details]) => ({ sample, text, finish, length, scores, details })),
+    answers: answers.map(([sample, text, finish, length, scores, details]) => ({
+      sample,
+      text,
+      finish,
+      length,
+      scores,
+      details,
+    })),
     pairs: pairs.map(([chosen, rejected, margin]) => ({ chosen, rejected, margin })),
   };
 }
