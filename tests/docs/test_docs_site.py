@@ -102,7 +102,7 @@ def test_schemas_say_every_field_in_words() -> None:
     point = schema["$defs"]["Point"]
     assert set(point["required"]) == {"point", "time", "stage", "key", "unit", "number", "iteration", "global_step",
                                       "metrics"}  # fmt: skip
-    assert point["properties"]["iteration"]["description"] == "0 for what is made before the first."
+    assert point["properties"]["iteration"]["description"] == "Number of the iteration; 0 for stages before the first."
     events = json.loads((ROOT / "docs/schemas/events.json").read_text())
     assert events["discriminator"]["mapping"]["published"] == "#/$defs/StagePublished"
 
