@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 from contracts.architectures import text_settings
 from contracts.errors import UserError, did_you_mean
 
-OUTPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+OUTPUT_SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 """Projections of a layer whose outputs are divided over tensor parallel ranks: dimension 0 of weight and bias."""
-INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+INPUT_SPLIT = ("self_attn.o_proj", "mlp.down_proj")
 """Projections whose inputs are divided: dimension 1 of the weight; the bias is whole."""
 NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
@@ -33,16 +33,16 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", 
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 VOCABULARY_MULTIPLE = 64
 """A vocabulary is padded to a multiple of this before it is divided, as in vLLM."""
-MOST_RANKS = 65_536
+MAX_RANKS = 65_536
 """The most ranks of a layout: more than any training has had, and few enough to plan in memory."""
-OF_EVERY_LAYER = (
+LAYER_MODULES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
 """Modules that every layer of these architectures has."""
 IN_LAYER = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}layers\.(\d+)\.(.+)")
 OUTSIDE = re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}(embed_tokens|norm|lm_head|score|value_head)\.(.+)")
-OF_ADAPTER = re.compile(r"\b(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
+ADAPTER_SUFFIX = re.compile(r"\b(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 REMAINDER = "master/"
 """The prefix of names of remainders to fp32 (`contracts.models.MASTER`), which are divided like their tensors."""
 
@@ -111,9 +111,9 @@ class RankLayout:
                 raise UserError(f"layout {text!r}: {key}={value!r} is not {example}.")
             found[names[key]] = tuple(map(int, numbers)) if key == "layers" else int(value)
         layout = cls(**found)
-        if layout.ranks > MOST_RANKS:
+        if layout.ranks > MAX_RANKS:
             raise UserError(
-                f"layout {text!r} has {layout.ranks:,} ranks, but at most {MOST_RANKS:,} are supported. Lower dp, "
+                f"layout {text!r} has {layout.ranks:,} ranks, but at most {MAX_RANKS:,} are supported. Lower dp, "
                 "tp or pp."
             )
         if layout.layers and len(layout.layers) != layout.pp:
@@ -260,7 +260,7 @@ class Division:
         """The parts of a tensor by rank; some may be empty."""
         return self._parts[name]
 
-    def of_rank(self, rank: int) -> dict[str, LocalPart]:
+    def parts_of_rank(self, rank: int) -> dict[str, LocalPart]:
         """A rank's parts by tensor name."""
         return {name: parts[rank] for name, parts in self._parts.items() if rank in parts}
 
@@ -320,14 +320,14 @@ class Division:
             stage = next(number for number, end in enumerate(self._bounds[1:]) if layer < end)
             return (stage,), self._cuts_in_layer(tensor, found[2])
         if found := OUTSIDE.fullmatch(name):
-            module, kind = found[1], OF_ADAPTER.sub(lambda match: match[1], found[2])
+            module, kind = found[1], ADAPTER_SUFFIX.sub(lambda match: match[1], found[2])
             last = self.layout.pp - 1
             stages: tuple[int, ...] = (0,) if module == "embed_tokens" else (last,)
             if module == "embed_tokens" and kind == "weight" and self._is_second_head(tensor.name):
                 stages = tuple(dict.fromkeys((0, last)))
-            by_words = kind in ("weight", "bias", "lora_B") if module == "lm_head" else kind == "weight"
-            if module in ("embed_tokens", "lm_head") and by_words and self.layout.vocabulary == "divided":
-                return stages, list(self._words(tensor))
+            divides_vocabulary = kind in ("weight", "bias", "lora_B") if module == "lm_head" else kind == "weight"
+            if module in ("embed_tokens", "lm_head") and divides_vocabulary and self.layout.vocabulary == "divided":
+                return stages, list(self._vocabulary_cuts(tensor))
             if kind in ("weight", "bias", "lora_A", "lora_B"):
                 return stages, whole
         raise UserError(
@@ -344,20 +344,20 @@ class Division:
         stored = any(f"{prefix}{each}lm_head.weight" in self.tensors for each in ("", "model."))
         return causal and bool(default if tied is None else tied) and not stored
 
-    def _words(self, tensor: GlobalTensor) -> Iterator[tuple[int, int, int]]:
-        words = tensor.shape[0]
-        filled = -(-words // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    def _vocabulary_cuts(self, tensor: GlobalTensor) -> Iterator[tuple[int, int, int]]:
+        vocabulary = tensor.shape[0]
+        filled = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         length = -(-filled // self.layout.tp)
         for part in range(self.layout.tp):
-            yield 0, min(part * length, words), min((part + 1) * length, words)
+            yield 0, min(part * length, vocabulary), min((part + 1) * length, vocabulary)
 
     def _cuts_in_layer(self, tensor: GlobalTensor, suffix: str) -> list[tuple[int, int, int] | None]:
-        kind = OF_ADAPTER.sub(lambda match: match[1], suffix)
+        kind = ADAPTER_SUFFIX.sub(lambda match: match[1], suffix)
         module, _, kind = kind.rpartition(".")
         dim: int | None
-        if module in OUTPUTS and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
+        if module in OUTPUT_SPLIT and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
             dim = None if kind == "lora_A" else 0
-        elif module in INPUTS and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
+        elif module in INPUT_SPLIT and kind in ("weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"):
             dim = 1 if kind in ("weight", "lora_A") else None
         elif module in NORMS and kind == "weight":
             dim = None
@@ -368,9 +368,9 @@ class Division:
             )
         if dim is None:
             return [None] * self.layout.tp
-        return [(dim, *self._span(tensor, module, dim, part)) for part in range(self.layout.tp)]
+        return [(dim, *self._range(tensor, module, dim, part)) for part in range(self.layout.tp)]
 
-    def _span(self, tensor: GlobalTensor, module: str, dim: int, part: int) -> tuple[int, int]:
+    def _range(self, tensor: GlobalTensor, module: str, dim: int, part: int) -> tuple[int, int]:
         """The range of dimension `dim` that a tensor parallel rank has: whole heads, or an equal part."""
         tp, size = self.layout.tp, tensor.shape[dim]
         if module.startswith("mlp."):
@@ -411,7 +411,7 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
     """
     architecture = str((config.get("architectures") or [""])[0])
     known = {family + head for family in FAMILIES for head in HEADS}
-    if architecture not in known or "quantization_config" in config or any(map(OF_ADAPTER.search, tensors)):
+    if architecture not in known or "quantization_config" in config or any(map(ADAPTER_SUFFIX.search, tensors)):
         return
     text = text_settings(config)
     layers = text.get("num_hidden_layers")
@@ -430,7 +430,7 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
         raise UserError(
             f"{name} holds tensors of layer {beyond}, but has {layers} layers according to its config.json."
         )
-    of_layer = {f"{module}.weight" for module in OF_EVERY_LAYER}.union(*inside.values())
+    of_layer = {f"{module}.weight" for module in LAYER_MODULES}.union(*inside.values())
     missing = [f"{prefix}layers.{n}.{kind}" for n, held in inside.items() for kind in sorted(of_layer - held.keys())]
     needed = {"embed_tokens.weight": prefix, "norm.weight": prefix}
     if architecture.endswith("ForSequenceClassification"):
@@ -445,7 +445,7 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
         )
     for held in (outside, *inside.values()):
         for kind, tensor in held.items():
-            wanted = _shape_by(text, kind)
+            wanted = _expected_shape(text, kind)
             if wanted is not None and tensor.shape != wanted:
                 raise UserError(
                     f"{tensor.name} of {name} has shape {list(tensor.shape)}, but config.json implies "
@@ -453,14 +453,16 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
                 )
 
 
-def _shape_by(text: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
+def _expected_shape(text: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
     """The shape of a tensor according to config.json; None if it is not determined by it."""
 
     def number(key: str) -> int:
         value = text.get(key)
         return value if isinstance(value, int) else 0
 
-    hidden, heads, inner, words = map(number, ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"))
+    hidden, heads, inner, vocabulary = map(
+        number, ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    )
     width = number("head_dim") or (hidden // heads if heads else 0)
     keys = number("num_key_value_heads") or heads
     module, _, sort = kind.rpartition(".")
@@ -468,7 +470,7 @@ def _shape_by(text: Mapping[str, Any], kind: str) -> tuple[int, ...] | None:
         "self_attn.q_proj": (heads * width, hidden), "self_attn.k_proj": (keys * width, hidden),
         "self_attn.v_proj": (keys * width, hidden), "self_attn.o_proj": (hidden, heads * width),
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "embed_tokens": (words, hidden), "lm_head": (words, hidden), "norm": (hidden,),
+        "embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden), "norm": (hidden,),
         **{each: (width,) if each.startswith("self_attn.") else (hidden,) for each in NORMS},
     }  # fmt: skip
     shape = shapes.get(module) if sort in ("weight", "bias") else None

@@ -28,7 +28,7 @@ Round = dict[tuple[int, int], Message]
 
 
 @dataclass(frozen=True)
-class Moved:
+class TransferStats:
     """The traffic of one process during `reallocate`."""
 
     sent: int
@@ -46,7 +46,7 @@ def reallocate(
     *,
     bucket: int = BUCKET,
     group: Any = None,
-) -> Moved:
+) -> TransferStats:
     """Fill this process's parts of the target layout from the parts that all processes have in the source layout.
 
     A collective: every process of the group calls it with the same plan. Processes of the plan are ranks of the group.
@@ -66,10 +66,10 @@ def reallocate(
             raise ValueError(f"a process has several ranks of a layout: {ranks}")
     process = dist.get_rank(group)
     sent = received = staged = 0
-    waiting: _Posted | None = None
+    waiting: _RoundInFlight | None = None
     done = rounds_of(plan, bucket)
     for messages in done:
-        posted = _Posted(messages, process, sources, targets, group)
+        posted = _RoundInFlight(messages, process, sources, targets, group)
         sent, received = sent + posted.sent, received + posted.received
         staged = max(staged, posted.staged + (waiting.staged if waiting else 0))
         if waiting is not None:
@@ -81,7 +81,7 @@ def reallocate(
             _target_view(transfer, targets[name]).copy_(_source_view(transfer, sources[name]))
     if waiting is not None:
         waiting.finish()
-    return Moved(sent, received, len(done), staged)
+    return TransferStats(sent, received, len(done), staged)
 
 
 def rounds_of(plan: ReallocationPlan, bucket: int) -> list[Round]:
@@ -138,7 +138,7 @@ def pieces(transfer: Transfer, most: int) -> Iterator[Transfer]:
         )
 
 
-class _Posted:
+class _RoundInFlight:
     """The messages of one round that are in flight to and from this process."""
 
     def __init__(
@@ -162,7 +162,7 @@ class _Posted:
             buffer = torch.empty(size, dtype=torch.uint8, device=some.device)
             self.staged += size
             if sender == process:
-                for transfer, place in _places(message):
+                for transfer, place in _offsets(message):
                     own = _source_view(transfer, sources[transfer.tensor])
                     buffer[place : place + transfer.bytes].view(own.dtype).view(own.shape).copy_(own)
                     self.sent += transfer.bytes
@@ -179,14 +179,14 @@ class _Posted:
         for work in self._works:
             work.wait()
         for message, buffer in self._incoming:
-            for transfer, place in _places(message):
+            for transfer, place in _offsets(message):
                 own = _target_view(transfer, self._targets[transfer.tensor])
                 own.copy_(buffer[place : place + transfer.bytes].view(own.dtype).view(own.shape))
         self._incoming.clear()
         self._outgoing.clear()
 
 
-def _places(message: Message) -> Iterator[tuple[Transfer, int]]:
+def _offsets(message: Message) -> Iterator[tuple[Transfer, int]]:
     place = 0
     for transfer in message:
         yield transfer, place

@@ -145,9 +145,9 @@ def plan(
         queue_of = [queues.setdefault(tuple(ranks), [(0, rank) for rank in ranks]) for ranks in ranks_of]
         own_of = [{from_process[rank]: rank for rank in reversed(ranks)} for ranks in ranks_of]
         for target_rank, wanted in target.parts(tensor.name).items():
-            for held in parts.near(wanted):
+            for held in parts.candidates(wanted):
                 ranks, own = ranks_of[held], own_of[held].get(to_process[target_rank])
-                for copy in common(parts.parts[held], wanted, item):
+                for copy in intersection(parts.parts[held], wanted, item):
                     transfer = copy._replace(
                         source=ranks[0] if own is None else own, target=target_rank, tensor=tensor.name
                     )
@@ -158,14 +158,14 @@ def plan(
                         shared.append((number, transfer, queue_of[held]))
     shared.sort(key=lambda each: (-each[1].bytes, each[0], each[1].target, each[1].target_start))
     for number, transfer, queue in shared:
-        chosen = _least(queue, from_process, load)
+        chosen = _least_loaded(queue, from_process, load)
         load[from_process[chosen]] += transfer.bytes
         found.append((number, transfer._replace(source=chosen)))
     found.sort(key=lambda each: (each[0], each[1].target, each[1].target_start))
     return ReallocationPlan(tuple(transfer for _, transfer in found), from_process, to_process)
 
 
-def _least(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping[int, int]) -> int:
+def _least_loaded(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping[int, int]) -> int:
     """The rank in a heap of (load, rank) whose process has the least to send, the lowest rank among equals. Loads only
     grow, so an entry is never too high, and only the first one has to be updated until it is current."""
     while queue[0][0] != load[processes[queue[0][1]]]:
@@ -189,9 +189,9 @@ class PartIndex:
             groups.setdefault((part.width, part.first, part.last), []).append(number)
         self._groups = [groups[columns] for columns in sorted(groups)]
         self._columns = sorted(groups)
-        self._spans = [[_span(parts[number]) for number in group] for group in self._groups]
+        self._spans = [[_global_range(parts[number]) for number in group] for group in self._groups]
 
-    def near(self, wanted: LocalPart) -> Iterator[int]:
+    def candidates(self, wanted: LocalPart) -> Iterator[int]:
         """Yield the indices of all parts that intersect a part of another layout, and of few others: some that are near
         its incomplete first or last row without intersecting it.
 
@@ -200,7 +200,7 @@ class PartIndex:
         """
         if not wanted.elements or not self.parts:
             return
-        low, high = _span(wanted)
+        low, high = _global_range(wanted)
         groups = range(len(self._groups))
         some = self.parts[0]
         if some.cut_by_columns:
@@ -217,7 +217,7 @@ class PartIndex:
             yield from self._groups[group][begin : bisect.bisect_left(spans, high, key=lambda each: each[0])]
 
 
-def _span(part: LocalPart) -> tuple[int, int]:
+def _global_range(part: LocalPart) -> tuple[int, int]:
     """The position of a part's first element in the flattened tensor, and that of its last element plus one."""
     inner = part.last - part.first
     first, last = (place // inner * part.width + part.first + place % inner for place in (part.start, part.end - 1))
@@ -257,7 +257,7 @@ def item_bytes(dtype: str) -> int:
 
 
 @lru_cache(1 << 16)
-def common(source: LocalPart, target: LocalPart, item: int) -> tuple[Transfer, ...]:
+def intersection(source: LocalPart, target: LocalPart, item: int) -> tuple[Transfer, ...]:
     """The intersection of two parts of a tensor as transfers, by position in the target; ranks and name are left empty.
 
     Args:
@@ -324,15 +324,15 @@ def interleaved(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
     end = 0
     for transfer in sorted(transfers, key=lambda each: each.target_start):
         if group and transfer.target_start >= end:
-            yield from [group] if _alike(group) else _single_runs(group)
+            yield from [group] if _interleaves(group) else _single_runs(group)
             group = []
         group.append(transfer)
         end = max(end, transfer.target_end)
     if group:
-        yield from [group] if _alike(group) else _single_runs(group)
+        yield from [group] if _interleaves(group) else _single_runs(group)
 
 
-def _alike(group: Sequence[Transfer]) -> bool:
+def _interleaves(group: Sequence[Transfer]) -> bool:
     first = group[0]
     ends = [each.target_start + each.length for each in group]
     if first.rows == 1:
@@ -345,11 +345,11 @@ def _alike(group: Sequence[Transfer]) -> bool:
 
 
 def _single_runs(group: Sequence[Transfer]) -> Iterator[list[Transfer]]:
-    for target, number, source, length in heapq.merge(*(_numbered(*each) for each in enumerate(group))):
+    for target, number, source, length in heapq.merge(*(_numbered_runs(*each) for each in enumerate(group))):
         yield [group[number]._replace(rows=1, length=length, source_start=source, target_start=target)]
 
 
-def in_order(transfers: Sequence[Transfer]) -> Iterator[tuple[int, int, int, int]]:
+def runs_in_order(transfers: Sequence[Transfer]) -> Iterator[tuple[int, int, int, int]]:
     """Yield the runs of several transfers to one target by position: `Transfer.source`, then as in `Transfer.runs`."""
     for group in interleaved(transfers):
         for runs in zip(*(transfer.runs() for transfer in group), strict=True):
@@ -357,6 +357,6 @@ def in_order(transfers: Sequence[Transfer]) -> Iterator[tuple[int, int, int, int
                 yield transfer.source, target, source, length
 
 
-def _numbered(number: int, transfer: Transfer) -> Iterator[tuple[int, int, int, int]]:
+def _numbered_runs(number: int, transfer: Transfer) -> Iterator[tuple[int, int, int, int]]:
     for target, source, length in transfer.runs():
         yield target, number, source, length

@@ -44,7 +44,7 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
-class Resharded:
+class ReshardResult:
     """The result of `reshard`."""
 
     path: Path
@@ -62,7 +62,7 @@ class Resharded:
     shapes and sizes are checked, since their expected bytes are not known."""
 
 
-def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
+def reshard(model: StoredModel, layout: RankLayout, target: Path) -> ReshardResult:
     """Write a checkpoint in another layout.
 
     Args:
@@ -76,25 +76,25 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
     """
     require_complete(model.config, model.tensors, str(model.path))
     divided = layout.ranks > 1
-    record, outputs = _divided(model, layout) if divided else (None, _whole(model))
-    others, left_out = _others(model, divided)
+    record, outputs = _rank_files(model, layout) if divided else (None, _whole_files(model))
+    others, left_out = _other_files(model, divided)
     total = sum(output.bytes for output in outputs)
     published = {} if divided else _published(model)
     compared = sum(output.name in published for output in outputs)
     ranks = layout.ranks if divided else 1
-    found = Resharded(target, layout, len(outputs), total, ranks, tuple(left_out), False, compared)
-    there = replace(found, was_there=True, compared=0)
-    key = record.key if record is not None else _key(model, layout)
+    found = ReshardResult(target, layout, len(outputs), total, ranks, tuple(left_out), False, compared)
+    existing = replace(found, was_there=True, compared=0)
+    key = record.key if record is not None else _input_digest(model, layout)
     if target.exists():
         _require_same(target, record, outputs)
-        return there
+        return existing
     directory = partial_directory(target, key)
     lock = DirectoryLock(directory, target)
     lock.take_when_free(lambda: lock.take(fcntl.LOCK_EX), 0)
     if target.exists():  # another process has written it in the meantime
         shutil.rmtree(directory)
         _require_same(target, record, outputs)
-        return there
+        return existing
     for path in [*directory.rglob("*.tmp")]:
         path.unlink()
     missing = [output for output in outputs if not (directory / output.name).exists()]
@@ -114,7 +114,7 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> Resharded:
     return found
 
 
-def _divided(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, list[OutputFile]]:
+def _rank_files(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, list[OutputFile]]:
     """The record, and the files of every rank whose parts differ from those of all ranks before it."""
     division = model.division(layout)
     owners: dict[tuple[tuple[str, LocalPart], ...], int] = {}
@@ -122,7 +122,7 @@ def _divided(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, lis
     copies: dict[str, int] = {}
     outputs: list[OutputFile] = []
     for rank in range(layout.ranks):
-        held = tuple((name, part) for name, part in division.of_rank(rank).items() if part.elements)
+        held = tuple((name, part) for name, part in division.parts_of_rank(rank).items() if part.elements)
         if held in owners:
             copies[str(rank)] = owners[held]
             continue
@@ -130,7 +130,7 @@ def _divided(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, lis
         made = list(_files_of_rank(model, rank, held))
         files[str(rank)] = tuple(output.name for output in made)
         outputs += made
-    key = _key(model, layout)
+    key = _input_digest(model, layout)
     return DividedRecord(1, str(layout), key, dict(model.config), model.files, files, copies), outputs
 
 
@@ -152,20 +152,20 @@ def _files_of_rank(model: StoredModel, rank: int, held: Sequence[tuple[str, Loca
             yield OutputFile(prefix + rank_file(rank, number), header, tuple(group), size)
 
 
-def _whole(model: StoredModel) -> list[OutputFile]:
+def _whole_files(model: StoredModel) -> list[OutputFile]:
     """The original whole files of the model."""
     outputs = []
     for file in model.files:
         prefix = REMAINDER if file.name.startswith(REMAINDER) else ""
-        placed = model.placed[file.name].values()
-        names = [prefix + tensor.name for tensor in placed]
+        file_tensors = model.file_tensors[file.name].values()
+        names = [prefix + tensor.name for tensor in file_tensors]
         items = tuple((name, flat_part(model.tensors[name], 0, model.tensors[name].elements)) for name in names)
-        size = max((tensor.end for tensor in placed), default=8 + len(file.header.encode()))
+        size = max((tensor.end for tensor in file_tensors), default=8 + len(file.header.encode()))
         outputs.append(OutputFile(file.name, file.header, items, size))
     return outputs
 
 
-def _others(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[str]]:
+def _other_files(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[str]]:
     """The files other than weights by their names in the output, and the names of those that are not copied."""
     weights = {file.name for file in model.files} | {RECORD, LOCK}
     if model.record is not None:
@@ -186,7 +186,7 @@ def _others(model: StoredModel, divided: bool) -> tuple[dict[str, Path], list[st
     return found, left_out
 
 
-def _key(model: StoredModel, layout: RankLayout) -> str:
+def _input_digest(model: StoredModel, layout: RankLayout) -> str:
     """A digest that identifies the output: of the layout, and the size and modification time of all input files."""
     states = [
         (path.relative_to(model.path).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
@@ -199,18 +199,18 @@ def _key(model: StoredModel, layout: RankLayout) -> str:
 def _require_same(target: Path, record: DividedRecord | None, outputs: Sequence[OutputFile]) -> None:
     """Raise UserError unless the target has the headers and sizes of the files that would be written."""
     try:
-        there = (
+        same = (
             record is None or msgspec.json.decode((target / RECORD).read_bytes(), type=DividedRecord).key == record.key
         )
-        there = there and (record is not None or not (target / RECORD).exists())
-        there = there and all(
+        same = same and (record is not None or not (target / RECORD).exists())
+        same = same and all(
             (target / output.name).stat().st_size == output.bytes
             and header_bytes(target / output.name) == output.header
             for output in outputs
         )
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        there = False
-    if not there:
+        same = False
+    if not same:
         raise UserError(
             f"output {target} exists with other content. Choose another output with --output, or remove it."
         )

@@ -24,7 +24,7 @@ from contracts.fingerprint import ADAPTER
 from contracts.models import MASTER, VALUE_HEAD
 from contracts.weights import AGAIN, DIVIDED, StoredTensor, read_header, stored_tensors
 from reallocation.layouts import REMAINDER, Division, GlobalTensor, LocalPart, RankLayout, flat_part
-from reallocation.planning import PartIndex, Transfer, common, in_order, item_bytes, replicas
+from reallocation.planning import PartIndex, Transfer, intersection, item_bytes, replicas, runs_in_order
 
 RECORD = DIVIDED
 ORIGIN = "origin"
@@ -58,7 +58,7 @@ class DividedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class HeldPart:
+class StoredPart:
     """A part of a tensor, with the rank that has it and the stored tensor that holds it."""
 
     rank: int
@@ -88,13 +88,13 @@ class StoredModel:
             self.layout = RankLayout.parse(self.record.layout)
             self.config = self.record.config
             self.files = self.record.files
-        self.placed: dict[str, dict[str, StoredTensor]] = {
+        self.file_tensors: dict[str, dict[str, StoredTensor]] = {
             file.name: _tensors_in(file, path / file.name) for file in self.files
         }
         self.tensors: dict[str, GlobalTensor] = {}
-        for name, placed in self.placed.items():
+        for name, file_tensors in self.file_tensors.items():
             prefix = REMAINDER if name.startswith(REMAINDER) else ""
-            for tensor in placed.values():
+            for tensor in file_tensors.values():
                 self.tensors[prefix + tensor.name] = GlobalTensor(prefix + tensor.name, tensor.dtype, tensor.shape)
 
     def division(self, layout: RankLayout) -> Division:
@@ -106,42 +106,44 @@ class StoredModel:
         return Division(layout, self.config, self.tensors, str(self.path))
 
     @cached_property
-    def sources(self) -> dict[str, tuple[HeldPart, ...]]:
+    def sources(self) -> dict[str, tuple[StoredPart, ...]]:
         """The distinct stored parts of each tensor."""
         if self.record is None:
-            found: dict[str, tuple[HeldPart, ...]] = {}
-            for file, placed in self.placed.items():
-                for stored in placed.values():
+            found: dict[str, tuple[StoredPart, ...]] = {}
+            for file, file_tensors in self.file_tensors.items():
+                for stored in file_tensors.values():
                     name = (REMAINDER if file.startswith(REMAINDER) else "") + stored.name
                     tensor = self.tensors[name]
-                    found[name] = (HeldPart(0, flat_part(tensor, 0, tensor.elements, tensor.shape), stored),)
+                    found[name] = (StoredPart(0, flat_part(tensor, 0, tensor.elements, tensor.shape), stored),)
             return found
         division = self.division(self.layout)
         held = {int(rank): _rank_tensors(self.path, files) for rank, files in self.record.ranks.items()}
-        return {name: tuple(self._held(tensor, division.parts(name), held)) for name, tensor in self.tensors.items()}
+        return {
+            name: tuple(self._stored_parts(tensor, division.parts(name), held)) for name, tensor in self.tensors.items()
+        }
 
     @cached_property
     def _places(self) -> dict[str, PartIndex]:
         return {name: PartIndex([each.part for each in held]) for name, held in self.sources.items()}
 
-    def _held(
+    def _stored_parts(
         self, tensor: GlobalTensor, parts: Mapping[int, LocalPart], held: Mapping[int, Mapping[str, StoredTensor]]
-    ) -> Iterator[HeldPart]:
+    ) -> Iterator[StoredPart]:
         """The distinct stored parts of a tensor of a divided checkpoint."""
         for ranks in replicas(tensor, parts).values():
             rank = next((rank for rank in ranks if rank in held), ranks[0])
             stored = held.get(rank, {}).get(tensor.name)
             if stored is None or (stored.dtype, stored.shape) != (tensor.dtype, parts[rank].shape):
                 raise UserError(f"{self.path} does not hold what rank {rank} has of {tensor.name}. Divide it again.")
-            yield HeldPart(rank, parts[rank], stored)
+            yield StoredPart(rank, parts[rank], stored)
 
     def transfers(self, name: str, part: LocalPart) -> list[Transfer]:
         """The transfers that make up a part of a tensor, by position in it; `source` is an index into `sources`."""
         item, sources = item_bytes(self.tensors[name].dtype), self._places[name]
         found = [
             transfer._replace(source=number, tensor=name)
-            for number in sources.near(part)
-            for transfer in common(sources.parts[number], part, item)
+            for number in sources.candidates(part)
+            for transfer in intersection(sources.parts[number], part, item)
         ]
         return sorted(found, key=lambda each: each.target_start)
 
@@ -153,7 +155,7 @@ class StoredModel:
         """
         sources, transfers = self.sources[name], self.transfers(name, part)
         with _Opened(sources[transfer.source].stored.file for transfer in transfers) as files:
-            for number, place, begin, length in in_order(transfers):
+            for number, place, begin, length in runs_in_order(transfers):
                 stored = sources[number].stored
                 read_exactly(files[stored.file], into[place : place + length], stored.start + begin, stored.file)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from contracts.errors import UserError
 from reallocation import planning
 from reallocation.layouts import Division, GlobalTensor, LocalPart, RankLayout, layer_bounds, part_of
-from reallocation.planning import ReallocationPlan, common, in_order, plan
+from reallocation.planning import ReallocationPlan, intersection, plan, runs_in_order
 
 VOCABULARY = 12
 
@@ -130,7 +130,7 @@ def test_runs_come_in_the_order_of_the_target(pair: tuple[Division, Division]) -
     for (name, rank), group in itertools.groupby(found.transfers, key=lambda each: (each.tensor, each.target)):
         transfers, place = list(group), 0
         runs = {(transfer.source, *run) for transfer in transfers for run in transfer.runs()}
-        for source, start, begin, length in in_order(transfers):
+        for source, start, begin, length in runs_in_order(transfers):
             assert start == place
             assert (source, start, begin, length) in runs
             place += length
@@ -166,7 +166,7 @@ def test_tensors_of_any_shape(
     for one, other in itertools.product(*sides):
         both = [
             (source + index, target + index)
-            for transfer in common(one, other, 1)
+            for transfer in intersection(one, other, 1)
             for target, source, length in transfer.runs()
             for index in range(length)
         ]
@@ -206,9 +206,9 @@ def test_parts_are_compared_with_those_that_are_near(
     def counting(*parts: Any) -> Any:
         nonlocal compared
         compared += 1
-        return common(*parts)
+        return intersection(*parts)
 
-    monkeypatch.setattr(planning, "common", counting)
+    monkeypatch.setattr(planning, "intersection", counting)
     config = config_of(num_attention_heads=1024, num_key_value_heads=1024, intermediate_size=1024, hidden_size=1024)
     shape = (1024, 1024) if "layers" in name else (65_536, 4)
     tensors = {name: GlobalTensor(name, "BF16", shape)}
@@ -232,11 +232,11 @@ def test_many_replicas_share_what_is_to_be_sent() -> None:
 def test_columns_are_one_transfer_and_contiguous_ranges_one_run() -> None:
     tensor = GlobalTensor("x", "BF16", (1000, 64))
     whole, columns = part_of(tensor), part_of(tensor, (1, 16, 32))
-    (transfer,) = common(whole, columns, 2)
+    (transfer,) = intersection(whole, columns, 2)
     assert (transfer.rows, transfer.length, transfer.source_start, transfer.source_stride) == (1000, 32, 32, 128)
-    assert [each.rows for each in common(whole, part_of(tensor, (0, 10, 30)), 2)] == [1]
+    assert [each.rows for each in intersection(whole, part_of(tensor, (0, 10, 30)), 2)] == [1]
     shard = part_of(tensor, (1, 16, 32), sharding="rows", shards=3, shard=1)
-    assert [(each.rows, each.length) for each in common(columns, shard, 2)] == [(1, 334 * 32)]
+    assert [(each.rows, each.length) for each in intersection(columns, shard, 2)] == [(1, 334 * 32)]
 
 
 def test_fewer_key_value_heads_than_ranks_are_replicated() -> None:

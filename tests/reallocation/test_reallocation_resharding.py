@@ -65,7 +65,7 @@ def test_each_rank_has_what_its_layout_says(model: Path, tmp_path: Path) -> None
     assert record["ranks"].keys() == {"0", "1", "2", "3"}
     for rank, files in record["ranks"].items():
         held = {name: tensor for file in files for name, tensor in read_header(divided / file).items()}
-        wanted = division.of_rank(int(rank))
+        wanted = division.parts_of_rank(int(rank))
         assert held.keys() == {name.removeprefix("master/") for name in wanted}
         for file in files:
             prefix = "master/" if file.startswith("master/") else ""

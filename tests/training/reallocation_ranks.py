@@ -44,8 +44,8 @@ def all_pairs(model: Path, rank: int) -> list[str]:
         what = f"{model.name}: {source.layout} to {target.layout}"
         places = range(PROCESSES - target.layout.ranks, PROCESSES)
         found = plan(tensors, source, target, target_processes=places)
-        held = {name: slice_of(whole[name], part) for name, part in source.of_rank(rank).items()}
-        wanted = {name: slice_of(whole[name], part) for name, part in target.of_rank(rank - places[0]).items()}
+        held = {name: slice_of(whole[name], part) for name, part in source.parts_of_rank(rank).items()}
+        wanted = {name: slice_of(whole[name], part) for name, part in target.parts_of_rank(rank - places[0]).items()}
         targets = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
         moved = reallocate(found, held, targets, bucket=BUCKET)
         if not all(torch.equal(bits(targets[name]), bits(value)) for name, value in wanted.items()):
@@ -72,15 +72,15 @@ def memory(rank: int) -> dict[str, int]:
     source = Division(RankLayout(pp=4, dp=2, sharding="rows"), config, tensors)
     target = Division(RankLayout(tp=8), config, tensors)
     found = plan(tensors, source, target)
-    held = {name: torch.full(part.shape, float(rank)) for name, part in source.of_rank(rank).items()}
+    held = {name: torch.full(part.shape, float(rank)) for name, part in source.parts_of_rank(rank).items()}
     bucket = 2 * MEGABYTE
     reallocate(
-        found, held, {name: torch.empty(part.shape) for name, part in target.of_rank(rank).items()}, bucket=bucket
+        found, held, {name: torch.empty(part.shape) for name, part in target.parts_of_rank(rank).items()}, bucket=bucket
     )
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    targets = {name: torch.zeros(part.shape) for name, part in target.of_rank(rank).items()}
+    targets = {name: torch.zeros(part.shape) for name, part in target.parts_of_rank(rank).items()}
     share = sum(value.nbytes for value in targets.values())
     moved = reallocate(found, held, targets, bucket=bucket)
     return {"grown": status("VmHWM") - before, "share": share, "bucket": bucket, "staged": moved.staged}

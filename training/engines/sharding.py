@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from reallocation.layouts import INPUTS, OUTPUTS
+from reallocation.layouts import INPUT_SPLIT, OUTPUT_SPLIT
 
-COLUMN_PARALLEL = OUTPUTS
+COLUMN_PARALLEL = OUTPUT_SPLIT
 """Column-parallel projections, whose outputs are sharded: Shard(0) of weight and bias."""
-ROW_PARALLEL = INPUTS
+ROW_PARALLEL = INPUT_SPLIT
 """Row-parallel projections, whose inputs are sharded: Shard(1) of the weight; the bias is replicated."""
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 """Norms within a head: replicated, but each process applies them to its own heads, so their gradients are summed."""
