@@ -84,7 +84,7 @@ STYLE = Style()
 def count(text: str) -> int:
     """Parse a command-line argument that must be a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 

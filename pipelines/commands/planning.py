@@ -47,7 +47,12 @@ SOURCE = argument("source", metavar="CONFIG|RUN", help="a YAML file, the name of
 CONFIG = argument("config", help="a YAML file, or the name of a recipe")
 CLUSTER = argument("--cluster", type=Path, metavar="FILE", help="a YAML file of machines; without it, this machine")
 RUNS = argument(
-    "--runs", type=Path, nargs="+", default=[], metavar="RUN", help="runs to learn from, beside the stored profiles"
+    "--runs",
+    type=Path,
+    nargs="+",
+    default=[],
+    metavar="RUN",
+    help="runs to learn from, in addition to the stored profiles",
 )
 
 
@@ -131,7 +136,7 @@ def _search(options: argparse.Namespace) -> None:
     for view in views:
         print_search(console, view)
     if options.lags is not None:
-        echo(console, f"With lag {views[taken].lag} it takes least; it changes what is computed (docs/lag.md).")
+        echo(console, f"Lag {views[taken].lag} is the fastest; a lag changes the results (docs/lag.md).")
     if options.output is None:
         echo(console, "Write it with --output plan.yaml, then:")
     given = [*asked[taken], *([] if options.iters is None else ["--iters", str(options.iters)])]

@@ -123,7 +123,7 @@ def run_command(options: argparse.Namespace) -> None:
         print_table(console, graph)
         raise
     if options.share:
-        echo(console, f"{plural(shared.remove_unused(), 'stage')} taken over from {', '.join(map(str, options.share))}")
+        echo(console, f"{plural(shared.remove_unused(), 'stage')} reused from {', '.join(map(str, options.share))}")
     echo(console, *report_forced(run.path, graph))
     if ran == 0:
         echo(console, f"{run.path} is finished: all {len(graph.nodes)} stages are published; nothing to do.")
@@ -147,7 +147,7 @@ def dry_run(console: Console, options: argparse.Namespace) -> None:
         echo(console, f"stopped: {stop.reason} Nothing of a later iteration is started.")
     for other, lender in zip(options.share, lenders, strict=True):
         found = sum(name in lender.nodes and (lender.nodes[name].output / MANIFEST).is_file() for name in graph.nodes)
-        echo(console, f"{other} has published {found} of these stages; the run takes over those of the same key.")
+        echo(console, f"{other} has published {found} of these stages; the run reuses those with the same key.")
     print_memory(console, graph, config)
     executors = Executors(Site(RunDirectory(config.run_directory), graph, config, ENTRY))
     if options.detach:

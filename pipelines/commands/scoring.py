@@ -100,7 +100,7 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Respons
         identity = prompt_id(messages)
         known = prompts.setdefault(identity, {"prompt": messages, "responses": [], ANSWER: row.get(ANSWER)})
         if known[ANSWER] != row.get(ANSWER):
-            raise UserError(f"{place}: the same prompt has another answer before. Give it one known answer.")
+            raise UserError(f"{place}: the same prompt has another answer in an earlier row. Give it one known answer.")
         places.append((identity, len(known["responses"])))
         known["responses"].append(row["response"])
     write_jsonl(target, prompts.values())
@@ -133,10 +133,12 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     known = set(recipe.graph.nodes)
     section = config.scorers[scorer]
     if section.standardised:
-        raise UserError(f"scorer {scorer!r} goes by what a run's initial policy answers (standard), and there is none.")
+        raise UserError(f"scorer {scorer!r} is standardised by an initial policy's responses, which do not exist here.")
     candidates = [tokenizer] if tokenizer is not None else [recipe.resolve(config.policy), section.model_path]
     if (found := next((path for path in candidates if path is not None and path.is_dir()), None)) is None:
-        raise UserError(f"{candidates[0]} is no model's directory, whose tokens the responses get. Give --tokenizer.")
+        raise UserError(
+            f"{candidates[0]} is no model's directory, but the responses need its tokenizer. Give --tokenizer."
+        )
     fields: dict[str, Any] = {"source": folder / "texts.jsonl", "tokenizer": found, "answer_column": ANSWER}
     fields |= {**recipe.rendering(found, config.chat_template_kwargs), "max_dropped": 1.0}
     rollouts = recipe.graph.add(RLHFLOW_IMPORT, str(folder / "rollouts"), fields)

@@ -25,7 +25,7 @@ DIFF_ENVIRONMENT = "training"
     "shard a checkpoint for the ranks of a parallel layout, or merge it again",
     argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model's directory, whole or in any layout"),
     argument("--to", required=True, metavar="LAYOUT", help="like tp=4,pp=2; tp=1,pp=1: the whole original checkpoint"),
-    argument("--output", type=Path, metavar="DIR", help="by default beside it, like NAME-tp4-pp2"),
+    argument("--output", type=Path, metavar="DIR", help="by default next to it, like NAME-tp4-pp2"),
     BASE,
     JSON,
     group="keep",
@@ -51,12 +51,12 @@ def _reshard(options: argparse.Namespace) -> None:
         return
     console = make_console()
     if found.was_there:
-        echo(console, f"{relative_path(target)} has been written before.")
+        echo(console, f"{relative_path(target)} exists already.")
     else:
         what = f"{plural(found.files, 'file')} for {plural(found.ranks, 'rank')}, {format_megabytes(found.bytes)}"
         echo(console, f"{relative_path(target)}: {what} in {seconds:.1f} s")
     if found.compared == found.files:
-        echo(console, "every byte is as it was published, by the SHA-256 in the manifest")
+        echo(console, "all files match the SHA-256 in the manifest")
     else:
         echo(
             console,

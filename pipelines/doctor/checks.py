@@ -114,9 +114,9 @@ def check_cluster(plan: Plan) -> Iterator[Finding]:
         run = RunDirectory(plan.graph.directory)
         for executor in Executors(Site(run, plan.graph, plan.config)).used():
             executor.check()
-        yield Finding("ok", "Slurm answers, keeps accounts, and has the partitions that are asked for")
+        yield Finding("ok", "Slurm answers, has accounting, and has the requested partitions")
         if plan.config.executor.is_remote:
-            yield Finding("ok", "this machine's devices and memory are not looked at: stages use the nodes'")
+            yield Finding("ok", "this machine's devices and memory are not checked: stages use the nodes'")
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
@@ -126,7 +126,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
         yield Finding("ok", "no GPU is used: stages run on the CPU")
     else:
         names = ", ".join(f"{gpu.name} ({format_bytes(gpu.free)} of {format_bytes(gpu.total)} free)" for gpu in listed)
-        yield Finding("ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi says no more of them'}")
+        yield Finding("ok", f"{plural(count, 'GPU')}: {names or 'nvidia-smi gives no details'}")
     if listed and len(listed) != count:
         found = f"CUDA_VISIBLE_DEVICES names {plural(count, 'GPU')}, but nvidia-smi has {len(listed)} of them"
         yield Finding("error", found, "Name GPUs that exist (nvidia-smi -L), or unset CUDA_VISIBLE_DEVICES.")
@@ -200,7 +200,7 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
         total = min(gpu.total for gpu in listed) if on_gpu else free
         yield _memory_line(names, plan.graph.nodes[names[0]], need, min(free, int(need.share * total)), on_gpu)
     if unknown:
-        yield Finding("ok", f"not known of {shorten(list(unknown))}: its model cannot be measured yet")
+        yield Finding("ok", f"unknown for {shorten(list(unknown))}: its model cannot be measured yet")
     if not on_gpu and plan.parallel > 1:
         totals = {name: need.total * need.processes for name, need in needs.items()}
         together = at_once(totals, plan.graph, plan.parallel)
@@ -239,11 +239,11 @@ def check_models(plan: Plan) -> Iterator[Finding]:
             fix = "Unset HF_HUB_OFFLINE, or give a local directory."
             yield Finding("error", f"{path} is not in the local cache, and HF_HUB_OFFLINE forbids the Hub", fix)
         else:
-            found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not looked at here"
+            found = f"{path} is not in the local cache: `pipeline run` downloads it, and it is not checked here"
             yield Finding("ok", found)
     owners = {graph.producer_name(path) for path in used}
     if made := [name for name in graph.nodes if name in owners]:
-        yield Finding("ok", f"made by stages of the run, and not looked at: {shorten(made)}")
+        yield Finding("ok", f"made by stages of the run, and not checked: {shorten(made)}")
 
 
 def _context(plan: Plan) -> Iterator[Finding]:
@@ -274,7 +274,7 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     room = f"{place}, which has {format_bytes(free)} free"
     found = f"{plural(len(left), 'stage')} will write about {format_bytes(need)} to {room}"
     if len(known) < len(left):
-        found += f" (not known of {shorten([name for name in published if name not in known])})"
+        found += f" (unknown for {shorten([name for name in published if name not in known])})"
     fix = "Free some space, set directory=PATH on another disk, or run fewer iterations first."
     level: Level = "error" if need > free else "warning" if need > DISK_WARNING_SHARE * free else "ok"
     yield Finding(level, found, None if level == "ok" else fix)

@@ -90,7 +90,7 @@ def _file_replacement(scratch: Path) -> str:
         os.replace(new, old)
         if old.read_text() != "new" or new.exists():
             return "the old file is still there"
-        return "" if reader.read() == "old" else "it changes under who reads it"
+        return "" if reader.read() == "old" else "open readers see the change"
 
 
 def _flush(scratch: Path) -> str:
@@ -150,7 +150,7 @@ PROBES: tuple[tuple[str, Callable[[Path], str], Level, str | None], ...] = (
         "case of letters",
         _case,
         "warning",
-        "Do not name runs or scorers alike but for the case of their letters.",
+        "Do not give runs or scorers names that differ only in case.",
     ),
     ("clock", _clock, "warning", "Synchronise the clocks of this machine and of the file server (NTP)."),
 )

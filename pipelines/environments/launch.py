@@ -79,11 +79,11 @@ class EnvironmentConfig(Section):
     def _check(self) -> Self:
         for name, value in self.variables.items():
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of a variable: only letters, digits and _, and no digit first.")
+                raise ValueError(f"{name!r} is no valid variable name: use letters, digits and _, and no digit first.")
             if "\0" in value:
                 raise ValueError(f"the value of {name} holds a zero byte, which no variable can.")
             if is_launcher_variable(name):
-                raise ValueError(f"{name} tells a process its place among others, which Ratchet does. Remove it.")
+                raise ValueError(f"{name} sets the rank of a process, which Ratchet does itself. Remove it.")
         if self.conda and self.container:
             raise ValueError("conda and container exclude each other: name one of them.")
         if not self.container and (self.container_runtime or self.container_args):
@@ -214,8 +214,8 @@ def _probe(environment_json: str, name: str) -> dict[str, str]:
         "print(json.dumps(contracts.versions.installed_versions())); gc.freeze()"
     )
     needs = (
-        "It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml beside the stage's own libraries; see "
-        f"{requirements(name)}."
+        "It needs Python >= 3.11, msgspec, packaging, pydantic and ruamel.yaml in addition to the stage's libraries; "
+        f"see {requirements(name)}."
     )
     environment = EnvironmentConfig.model_validate_json(environment_json)
     found: dict[str, str] = json.loads(ask(environment, name, ["-c", program], "run Ratchet", fix=needs))

@@ -36,7 +36,9 @@ def require_home() -> None:
     except OSError as error:
         writable, why = False, error.strerror or str(error)
     if not writable:
-        raise UserError(f"{home()} cannot be written to ({why}), but jobs are described there. Set {HOME}=PATH.")
+        raise UserError(
+            f"{home()} cannot be written to ({why}), but environments and jobs are stored there. Set {HOME}=PATH."
+        )
 
 
 def source_root() -> Path:
@@ -63,7 +65,7 @@ def packaged(name: str) -> Path:
     path = configs() / name
     if not path.is_file():
         known = sorted(file.relative_to(configs()).as_posix() for file in (configs() / "data").iterdir())
-        raise UserError(f"ratchet:{name} does not exist; with Ratchet come {', '.join(known)}.")
+        raise UserError(f"ratchet:{name} does not exist. Known: {', '.join(known)}.")
     return path
 
 

@@ -121,8 +121,8 @@ def require_disk_space(node: Node, graph: Graph, config: RunConfig) -> None:
     if config.executor.check_space and free < needed:
         raise UserError(
             f"stage {node.name} may need {needed >> 20} MiB on the disk of {run}, which has {free >> 20} MiB free. "
-            "Free some space (`pipeline gc` says what can go), set directory=PATH on another disk, or "
-            "executor.check_space=false to start all the same."
+            "Free some space (`pipeline gc` deletes what is not needed), set directory=PATH on another disk, or "
+            "executor.check_space=false to start anyway."
         )
 
 

@@ -200,7 +200,7 @@ class Driver:
             job = executor.submit(node, attempt)
         else:
             attempt = self.run.attempts(node.name)[-1]
-            decision = replace(decision, reason="goes on since an earlier command")
+            decision = replace(decision, reason="continues from an earlier command")
         self.running[node.name] = Running(node, attempt, job, decision)
         self.lifecycle.start(node, decision, attempt)
 

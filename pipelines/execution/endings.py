@@ -38,7 +38,7 @@ def ending_of(attempt: Path) -> Ending:
     endings = [_ending_of_part(part) for part in parts_of(attempt)]
     bad = [ending for ending in endings if ending is not None]
     if not bad:
-        return Ending("transient", "ended without a word: its supervisor was killed.", None)
+        return Ending("transient", "left no outcome: its supervisor was killed.", None)
     failure = failure_of(attempt)
     if failure is None:
         return min(bad, key=lambda ending: SEVERITY[ending.kind])
@@ -62,7 +62,7 @@ def _ending_of_part(part: Path) -> Ending | None:
     failure = _first_failure([part])
     if not (part / "exit.json").exists():
         kind: FailureKind = "transient"
-        killed = "ended without a word: its supervisor was killed."
+        killed = "left no outcome: its supervisor was killed."
         how = killed if failure is None else "failed before its command had ended."
     else:
         record = _read(part / "exit.json", {"code": int})
@@ -78,12 +78,12 @@ def _ending_of_part(part: Path) -> Ending | None:
 def _how(code: int, stalled: float | None) -> tuple[str, FailureKind]:
     if stalled is not None:
         return (
-            f"said nothing for {stalled:g} s and was ended (executor.stall_seconds); the log shows where it stood.",
+            f"showed no activity for {stalled:g} s and was ended (executor.stall_seconds); the log has its tracebacks.",
             "transient",
         )
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
-            "was killed by SIGKILL: by the system, if its memory ran out (dmesg says so), or by somebody.",
+            "was killed by SIGKILL: by the system if memory ran out (see dmesg), or by a user.",
             "transient",
         )
     stops = {sign * number + offset for number in (*SIGNALS, *TERMINAL) for sign, offset in ((-1, 0), (1, 128))}

@@ -137,8 +137,8 @@ class Lifecycle:
         if artifact.manifest.key != key:
             raise StageFailedError(
                 f"stage {node.name} published under the key {artifact.manifest.key[:12]}, but the driver asked for "
-                f"{key[:12]}: its code, its environment or an input changed while it ran. The same command decides "
-                "anew.",
+                f"{key[:12]}: its code, its environment or an input changed while it ran. Run the same "
+                "command again.",
                 1,
             )
         drop_partials(node)

@@ -54,7 +54,7 @@ def contradictions(rollouts: Artifact, policy: str | None, derived: list[Artifac
     for reader in readers:
         if (row := reader.next) is not None:
             what = f"pair {row.pair_id}" if isinstance(row, Pair) else "a row"
-            place = f"which {rollouts.path} does not hold at that place"
+            place = f"which {rollouts.path} does not have at that position"
             yield f"{reader.path}: {what} is of prompt {row.prompt_id}, {place}"
 
 

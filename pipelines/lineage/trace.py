@@ -58,7 +58,7 @@ def trace(what: str, run: Path | None = None) -> dict[str, Any]:
             found_of = {"kind": kind, f"{kind}_id": what, "found": found}
             return {"what": what, **found_of, "unread": list(dict.fromkeys(unread))}
     places = ", ".join(str(relative_path(path)) for path in runs) or "no run: there is none below ./runs"
-    hint = " A run is traced by what it has published." if (Path(what) / RUN).exists() else ""
+    hint = " A run is traced by its artifacts." if (Path(what) / RUN).exists() else ""
     gone = f" These could not be read: {', '.join(dict.fromkeys(unread))}." if unread else ""
     raise UserError(f"nothing is known of {what!r}; searched {places}.{gone}{hint} {FORMS}")
 

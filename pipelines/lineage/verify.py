@@ -87,8 +87,8 @@ def print_verification(console: Console, path: Path, *, as_json: bool = False) -
         )
     if findings.problems:
         raise DamageError(
-            f"{path} is not whole. Delete the directory that holds a damaged or missing file and give the run's "
-            "command again: it makes that anew, and reuses whatever does not depend on it."
+            f"{path} is damaged. Delete the directory that holds a damaged or missing file and continue "
+            "the run: it rebuilds that directory, and reuses everything that does not depend on it."
         )
 
 
@@ -157,9 +157,9 @@ class _Verification:
         if stage_key(manifest.key_parts) != manifest.key:
             yield f"{where}: the key is not that of the parts listed"
         if manifest.key_parts.get("inputs") != manifest.inputs:
-            yield f"{where}: the inputs are not those that the key was made of"
+            yield f"{where}: the inputs are not those that the key was computed from"
         if manifest.rows != (rows := sum(file.rows for file in manifest.files)):
-            yield f"{where}: it says {manifest.rows} rows, but {rows} for its files together"
+            yield f"{where}: it has {manifest.rows} rows, but its files add up to {rows}"
         try:
             manifest.ledger.check()
         except AssertionError as error:
@@ -179,7 +179,7 @@ class _Verification:
             for name in unlisted_files(artifact):
                 stray = f"{artifact.path / name}: no manifest lists it"
                 if artifact.manifest.schema == CHECKPOINT and (name.endswith(".safetensors") or name in MODEL_FILES):
-                    findings.problems.append(f"{stray}, and whoever loads the checkpoint may take it")
+                    findings.problems.append(f"{stray}, and loading the checkpoint may read it")
                 elif not self.driven:
                     findings.warnings.append(stray)
         shown = console is not None and console.is_terminal
@@ -215,7 +215,7 @@ class _Verification:
                 elif found.state == "gone":
                     text = f"{found.place}: it is missing (its digest was {link.digest:.12})"
                 elif found.state == "replaced" and not is_superseded(reader):
-                    text = f"{found.place}: it is what was read, and no more what the run has at {link.path}"
+                    text = f"{found.place}: it was read, but the run now has another artifact at {link.path}"
                 if text:
                     serious = found.state in ("changed", "damaged") or (found.state == "gone" and found.inside)
                     serious = serious and not is_alternative(reader)  # the run may have replaced their inputs since

@@ -124,11 +124,11 @@ def link_text(entry: Data) -> str:
     if entry["state"] == "changed":
         return f"{place}  HAS CHANGED: digest {was} was read, {entry['now'][:12]} is there now"
     if entry["state"] == "gone":
-        return f"{place}  is not there any more; its digest was {was}"
+        return f"{place}  does not exist any more; its digest was {was}"
     if entry["state"] == "replaced":
         now = f"has the digest {entry['now'][:12]} now" if entry["now"] else "is not published now"
         return f"{place}  (found by its digest {was}; {entry['former']} {now})"
-    again = f"  ({entry['former']} was made again since, with the same content)" if entry.get("again") else ""
+    again = f"  ({entry['former']} has been rebuilt since, with the same content)" if entry.get("again") else ""
     return f"{place}{again}" if name and not entry["part"] else f"{place}  digest {was}{again}"
 
 
@@ -144,7 +144,7 @@ def _pair(found: Data) -> Iterator[Tree | Text]:
             answer = pair[side]
             branch = tree.add(Text(f"{side}: {_answer(answer)}"))
             branch.add(Text(answer["text"]))
-            branch.add(Text(_scores(answer["scores"], "no scores are there any more")))
+            branch.add(Text(_scores(answer["scores"], "its scores do not exist any more")))
         difference = f"{pair['chosen']['label']:.6g} - {pair['rejected']['label']:.6g} = {pair['margin']:.6g}"
         tree.add(Text(f"margin by {pair['labels'] or 'an unknown scorer'}: {difference}  strategy {pair['strategy']}"))
         tree.add(Text(f"policy {_policy(policy)}, sampled in {pair['rollouts'] or 'rollouts that are gone'}"))

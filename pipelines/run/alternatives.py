@@ -88,10 +88,10 @@ def select_alternative(run: RunDirectory, graph: Graph, iteration: int | None, o
         if name not in KEYS:
             hint = did_you_mean(name, KEYS)
             if name in RunConfig.model_fields:
-                hint = " Only keys of `pairs` can be given, and without its name."
+                hint = " Give keys of `pairs` only, without the prefix."
             raise UserError(
-                f"{name!r} cannot be set here: pairs are made anew of an iteration's own answers and scores."
-                f"{hint} What can be set: {', '.join(KEYS)}."
+                f"{name!r} cannot be set here: pairs are rebuilt from an iteration's own responses and scores."
+                f"{hint} Known keys: {', '.join(KEYS)}."
             )
     output = change.pop("output", None)
     fields = merge(node.config.model_dump(exclude_unset=True), change)
@@ -150,7 +150,7 @@ def _node(run: RunDirectory, graph: Graph, iteration: int | None) -> Node:
     if not made:
         raise UserError(
             f"{run.path} makes no pairs: training.algorithm={run.config.training.algorithm} trains on the samples "
-            "themselves. Only the pairs of algorithms that read pairs can be made anew."
+            "themselves. Only the pairs of algorithms that read pairs can be rebuilt."
         )
     if iteration is None:
         ready = [number for number, node in made.items() if not _missing(node)]

@@ -60,11 +60,11 @@ def decide(
             return Decision(False, rebuild, key, hidden)
         return Decision(True, "published under the same key", key, hidden)
     if node.output.exists() and not published:
-        raise UserError(f"{node.output} exists but is not published. It is not Ratchet's: move it away.")
+        raise UserError(f"{node.output} exists but is not published. It was not created by Ratchet: move it away.")
     back = superseded_path(run, node, key)
     if back.exists() and not (rebuild and (back / RELEASED).is_file()):
         lender = lender_of(back)
-        reason = f"taken over from {lender}" if lender else f"taken back from {SUPERSEDED}/"
+        reason = f"reused from {lender}" if lender else f"restored from {SUPERSEDED}/"
         return Decision(True, reason, key, hidden)
     if partial_directory(node.output, hidden).exists():
         return Decision(False, "continues where it was interrupted", key, hidden)
@@ -72,7 +72,7 @@ def decide(
     if earlier is None:
         return Decision(False, "not made yet", key, hidden)
     changed = differences(Artifact.open(earlier).manifest.key_parts, parts)
-    return Decision(False, "; ".join(changed) or "made again", key, hidden)
+    return Decision(False, "; ".join(changed) or "run again", key, hidden)
 
 
 def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: Producer) -> Decision:

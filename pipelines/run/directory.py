@@ -50,7 +50,7 @@ class RunDirectory:
         for name in ("run.json", "config.resolved.yaml", "lock", FILE, "metrics.jsonl", PINNED):
             path = self.path / name
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise UserError(f"{path} is no regular file, as a run's own {name} is. Move it away.")
+                raise UserError(f"{path} is not a regular file, but a run writes its {name} there. Move it away.")
 
     def claim(self, config: RunConfig, source: Path, iterations: int, commits: dict[str, str] | None = None) -> None:
         """Create the directory or open an existing run's, and become its only driver until this process ends.
@@ -65,12 +65,12 @@ class RunDirectory:
         self.require_files()
         if self.path.exists() and not marker.exists() and not self._is_run():
             raise UserError(
-                f"{self.path} exists and was not made by a run of Ratchet. Choose another name=... or directory=..."
+                f"{self.path} exists and was not created by a run of Ratchet. Choose another name=... or directory=..."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # below /proc, for example
-            raise UserError(f"{self.path} cannot be made: {error.strerror}. Set directory=PATH.") from error
+            raise UserError(f"{self.path} cannot be created: {error.strerror}. Set directory=PATH.") from error
         self.lock()
         origin = origin_of(source, self.path)
         if marker.exists():
@@ -108,7 +108,7 @@ class RunDirectory:
                 holder = self._lock.read().strip() or "unknown"
                 raise UserError(
                     f"the run {self.path} is being driven right now by {holder}. Wait for it, or stop that process; "
-                    "`pipeline status` shows how far it is."
+                    "`pipeline status` shows its progress."
                 )
             time.sleep(0.05)
         self._lock.seek(0)

@@ -41,7 +41,7 @@ def fork(source: RunDirectory, first: int, overrides: list[str], name: str | Non
         has = f"{source.path.name} has {plural(last, 'iteration')}"
         raise UserError(f"--from-iteration is {first}; {has}: give 1 to {last + 1}.")
     if name is not None and (not name or Path(name).name != name):
-        raise UserError(f"--name is {name!r}; give a plain name: the fork lies beside {source.path}.")
+        raise UserError(f"--name is {name!r}; give a plain name: the fork is created next to {source.path}.")
     target = source.path.parent / (name or _free_name(source.path, first))
     if os.path.lexists(target):
         raise UserError(f"{target} exists already. Choose another --name.")

@@ -136,7 +136,7 @@ def leftovers(run: Path) -> Iterator[tuple[Path, str]]:
         # A released stage that runs again has the same key.
         rebuilding = (target / RELEASED).is_file() and Artifact.open(target).manifest.key[:16] == key
         if (target / MANIFEST).is_file() and not rebuilding:
-            yield path, "begun under another key than what is published"
+            yield path, "begun under another key than the published output"
 
 
 def _files_in(path: Path) -> list[Path]:

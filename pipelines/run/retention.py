@@ -92,16 +92,16 @@ def why_kept(
     for names, cause in (
         (policies[-1:], "the last policy, from which more iterations start"),
         (averages[-1:], "the last average"),
-        (critics[-1:], "the last critic, with which more iterations go on"),
+        (critics[-1:], "the last critic, from which more iterations start"),
         (policies[-1 - graph.lag :], f"more iterations sample from it, at lag={graph.lag}"),
         (
             [graph.producer_name(policy_of(node, graph)) for node in judges if node.name not in published],
-            "not judged yet",
+            "not evaluated yet",
         ),
         ([graph.producer_name(best_of(rows, refused(graph))[0])] if rows else [], "the best so far"),
         (
             [graph.producer_name(best_of(rows, refused(graph) | undecided)[0])] if rows else [],
-            "the best where gates decide",
+            "the best if undecided gates refuse",
         ),
         ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
         (waiting, "not on the Hub yet"),
@@ -136,7 +136,7 @@ def compressible(graph: Graph, published: Collection[str]) -> Iterator[tuple[Nod
         if name in readers:
             yield node, f"{readers[name]} still reads it"
         elif training is not None and training not in published:
-            yield node, f"{training} is not made yet"
+            yield node, f"{training} is not published yet"
         elif any(path.stat().st_nlink > 1 for path in files):
             yield node, "another run shares it, and would not share the compressed files"
         else:
@@ -211,8 +211,8 @@ def _names_in(run: Path) -> set[str]:
                 continue  # its driver has just moved it
             except ValueError as error:
                 raise UserError(
-                    f"{path} is damaged, so that nobody knows what its run reads of {run.parent}: {error}. Delete it "
-                    "and continue that run, which makes it anew."
+                    f"{path} is damaged, so that its run's inputs are unknown: {error}. Delete it and continue "
+                    "that run, which rebuilds it."
                 ) from error
     return {text for text in leaves(sources) if isinstance(text, str) and "/" in text and not {"\n", "\0"} & set(text)}
 
@@ -297,7 +297,7 @@ def _pack(path: Path, target: Path, sha256: str, stop: threading.Event | None) -
         scratch.unlink()
         raise UserError(
             f"{path}: its content differs from the manifest, so that it was not compressed. Delete {path.parent} and "
-            "run the same command again, which makes it anew."
+            "run the same command again, which rebuilds it."
         )
     os.replace(scratch, target)
     fsync(target.parent)

@@ -61,6 +61,6 @@ def link(source: Path, target: Path) -> None:
         try:
             os.link(path, copy)
         except FileNotFoundError as error:
-            raise UserError(f"{path} went away while it was taken over. Give the same command again.") from error
+            raise UserError(f"{path} was deleted while it was being shared. Run the same command again.") from error
         except OSError:
             shutil.copyfile(path, copy)

@@ -127,7 +127,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml executor.kind=slurmm", "executor.kind"),
         ("run smallest.yaml name=../x", "name"),
         ("run smallest.yaml directory=rules.py --dry-run", "rules.py is not a directory"),
-        ("run smallest.yaml directory=/proc/nothing", "cannot be made"),
+        ("run smallest.yaml directory=/proc/nothing", "cannot be created"),
         (f"run smallest.yaml name={'a' * 300} --dry-run", "name"),
         ("run smallest.yaml policy=nothere", "nothere does not exist"),
         ("run smallest.yaml policy=world:nothere", "world:nothere does not exist"),
@@ -224,7 +224,7 @@ def test_something_else_in_the_place_of_a_runs_file(
     else:
         path.symlink_to("/nonexistent/file")
     for command in ("run smallest.yaml --iters 1", "status runs/smallest", "gc runs/smallest", "verify runs/smallest"):
-        assert f"{name} is no regular file" in refused(capsys, *command.split())
+        assert f"{name} is not a regular file" in refused(capsys, *command.split())
 
 
 def test_a_rule_that_cannot_be_used_is_told_before_anything_runs(

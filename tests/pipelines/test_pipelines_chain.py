@@ -265,7 +265,7 @@ def test_a_stage_that_gets_no_further_between_two_time_limits_fails(tmp_path: Pa
         if times == 1:
             run.wait_for(lambda: run.events("requeue"), 200, "it is told")
             slurm.run("scontrol", "update", f"jobid={job}", "timelimit=60")
-    assert "FAILED setup/world: stage setup/world got no further between two ends of its time limit" in run.wait()
+    assert "FAILED setup/world: stage setup/world made no progress between two time limits" in run.wait()
 
 
 def test_jobs_outlive_their_driver(tmp_path: Path, slurm: Slurm, pretended: dict[str, str]) -> None:
@@ -284,7 +284,7 @@ def test_jobs_outlive_their_driver(tmp_path: Path, slurm: Slurm, pretended: dict
     tasks = {id for id, _ in run.tasks(GENERATION)}
     assert len(tasks) == 2
     driver, log = run.start("--iters", "0"), run.config.with_suffix(".log")
-    run.wait_for(lambda: f"{GENERATION}  (goes on since an earlier command)" in log.read_text(), 120, "it says so")
+    run.wait_for(lambda: f"{GENERATION}  (continues from an earlier command)" in log.read_text(), 120, "it says so")
     run.release(GENERATION)
     assert driver.wait(timeout=300) == 0, log.read_text()
     assert run.digests() == {name: pretended[name] for name in run.digests()}

@@ -47,8 +47,8 @@ def test_completion_is_valid_in_its_shell(shell: str, capsys: pytest.CaptureFixt
         (["runz"], "there is no 'runz'. Did you mean 'run' or 'runs'?"),
         (["env", "synk"], "there is no 'synk'. Did you mean 'sync'?"),
         (["env", "sync", "--variant", "q"], "there is no 'q'. Known: auto, cpu, gpu."),
-        (["logs", "runs/a", "--lines", "-5"], "--lines: '-5' is no number from 1 on"),
-        (["logs", "runs/a", "--lines", "0"], "--lines: '0' is no number from 1 on"),
+        (["logs", "runs/a", "--lines", "-5"], "--lines: '-5' is not a whole number of at least 1"),
+        (["logs", "runs/a", "--lines", "0"], "--lines: '0' is not a whole number of at least 1"),
     ],
 )
 def test_mistakes_in_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,7 +198,7 @@ def test_a_directory_of_something_else_is_refused(smallest: Path, capsys: pytest
     precious = smallest.parent / "runs" / "smallest" / "thesis.tex"
     precious.parent.mkdir(parents=True)
     precious.write_text("...")
-    assert "was not made by a run of Ratchet" in fails(capsys, "run", str(smallest))
+    assert "was not created by a run of Ratchet" in fails(capsys, "run", str(smallest))
     assert [path.name for path in precious.parent.iterdir()] == ["thesis.tex"]
 
 

@@ -73,7 +73,7 @@ def test_a_run_that_can_start(smallest: Path, capsys: pytest.CaptureFixture[str]
         "processors: ",
         "memory: iteration-001/training: about ",
         "memory: setup/reward-model/generation, ",
-        "models: made by stages of the run, and not looked at: setup/world",
+        "models: made by stages of the run, and not checked: setup/world",
         "models: max_new_tokens=12: within the policy's context of 128 tokens",
         "disk: 25 stages will write about ",
         "inodes are free",

@@ -149,7 +149,7 @@ def test_a_silent_stage_shows_where_it_stands_is_ended_and_tried_again(tmp_path:
     )
     scene = Scene(tmp_path, smallest, hang, times=1, stall_seconds=8, kind="local")
     scene.drive()
-    assert "said nothing for 8 s" in scene.said.getvalue()
+    assert "showed no activity for 8 s" in scene.said.getvalue()
     log = (scene.run.path / "logs/prompts/all/attempt-1/stage.log").read_text()
     assert 'File "<string>", line 1' in log
     assert (scene.output / MANIFEST).is_file()

@@ -181,7 +181,7 @@ def test_what_another_run_has_made_did_not_happen(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reused = [event for event in RunDirectory(tmp_path / "runs/second").events() if isinstance(event, StageReused)]
     assert "iteration-001/training" in [event.stage for event in reused]
-    assert {event.reason for event in reused} == {f"taken over from {first.path}"}
+    assert {event.reason for event in reused} == {f"reused from {first.path}"}
     assert [happening["kind"] for happening in first.told("all")] == ["run", "run"]
     assert not [*(tmp_path / "runs/second/superseded").rglob("*.run")]
 
@@ -313,7 +313,7 @@ class Told:
 def test_steps_of_a_stage_that_was_taken_over_are_not_told(tmp_path: Path) -> None:
     told = Told(tmp_path)
     told.write()
-    told.stream.append(StageReused(stage="shared", reason="taken over from runs/other", key="k"))
+    told.stream.append(StageReused(stage="shared", reason="reused from runs/other", key="k"))
     told.step("shared")
     told.write()
     told.start().communicate(timeout=200)

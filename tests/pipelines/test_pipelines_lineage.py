@@ -281,7 +281,7 @@ def test_of_the_same_content_made_twice_the_one_that_was_read_is_followed(
     (pairs / MANIFEST).write_bytes(with_checksum(later))
     link = entry(trace("iteration-001/training", run.path), "iteration-001/training", "pairs")
     assert (link["state"], link["artifact"], link["again"]) == ("same", aside, True)
-    assert "made again since, with the same content" in output(capsys, "iteration-001/training", "--run", run.path)
+    assert "rebuilt since, with the same content" in output(capsys, "iteration-001/training", "--run", run.path)
     pair_id = first_pair(run, "iteration-001/pairs").pair_id
     used = {item["pairs"]: item["used_by"] for item in trace(pair_id, run.path)["found"]}
     assert used == {"iteration-001/pairs": [], aside: ["iteration-001/training"]}
@@ -305,7 +305,7 @@ def test_links_that_are_broken_are_told(run: HandmadeRun, capsys: pytest.Capture
     assert f"reference: {run.path}/iteration-001/reference  cannot be read: its manifest is damaged" in text.replace(
         "\n", ""
     )
-    for expected in ("source: ", "HAS CHANGED", "is not there any more; its digest was"):
+    for expected in ("source: ", "HAS CHANGED", "does not exist any more; its digest was"):
         assert expected in text
 
 
@@ -375,7 +375,7 @@ def test_places_without_runs_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_run_is_not_traced_but_what_it_has_published(finished: HandmadeRun) -> None:
-    with pytest.raises(UserError, match="A run is traced by what it has published"):
+    with pytest.raises(UserError, match="A run is traced by its artifacts"):
         trace(str(finished.path), finished.path)
 
 

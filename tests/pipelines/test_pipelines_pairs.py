@@ -1,4 +1,4 @@
-"""`pipeline pairs`: an iteration's pairs made anew in another way, and shown beside the run's own."""
+"""`pipeline pairs`: other pairs of an iteration, compared with the run's own."""
 
 import json
 import shutil
@@ -163,8 +163,8 @@ def test_a_strategy_of_ones_own(
         (["--iteration=7"], "--iteration is 7, but {run} has no pairs of it: it has iterations 1 to 2."),
         (["--iteration=0"], "--iteration is 0"),
         (["strategy=max_mni"], "Did you mean 'max_min'?"),
-        (["stratgy=all"], "'stratgy' cannot be set here: pairs are made anew of an iteration's own answers"),
-        (["training.learning_rate=3"], "scores. Only keys of `pairs` can be given, and without its name."),
+        (["stratgy=all"], "'stratgy' cannot be set here: pairs are rebuilt from an iteration's own responses"),
+        (["training.learning_rate=3"], "scores. Give keys of `pairs` only, without the prefix."),
         (["rollouts=elsewhere"], "'rollouts' cannot be set here"),
         (["settings.top=2"], "strategy max_min has no setting 'top'"),
         (["strategy=nowhere.py:choose"], "no module or file 'nowhere.py' was found"),

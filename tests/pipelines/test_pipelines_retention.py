@@ -218,7 +218,7 @@ def test_the_latest_critic_stays_and_those_before_go(smallest: Path) -> None:
     run.drive(3)
     reasons = kept(run, "best")
     assert reasons["iteration-001/critic"] is reasons["iteration-002/critic"] is None
-    assert reasons["iteration-003/critic"] == "the last critic, with which more iterations go on"
+    assert reasons["iteration-003/critic"] == "the last critic, from which more iterations start"
     assert "setup/critic" not in reasons
     assert kept(run, "last 2")["iteration-002/critic"] == "keep=last 2"
     shutil.rmtree(run.path / "iteration-002/values")
@@ -262,7 +262,7 @@ def test_what_is_still_needed_stays(smallest: Path) -> None:
     shutil.rmtree(run.path / "iteration-001/heldout/generation")
     assert kept(run, "last 1")["iteration-001/training"] == "iteration-001/heldout/generation still needs it"
     shutil.rmtree(run.path / "iteration-002/evaluation")
-    assert kept(run, "best")["iteration-002/training"] == "not judged yet"
+    assert kept(run, "best")["iteration-002/training"] == "not evaluated yet"
     # What was made from something else than what is there now has to run again, too.
     shutil.rmtree(run.path / "iteration-003/pairs")
     reasons = kept(run, "last 1")
@@ -308,7 +308,7 @@ def test_what_another_run_has_read_stays(smallest: Path) -> None:
     shutil.copytree(run.path / "iteration-002/generation", other / "iteration-001/generation")
     assert kept(run, "last 1")["iteration-001/training"] == "the run other reads it"
     (other / "iteration-001/generation" / MANIFEST).write_text("{}")
-    with pytest.raises(UserError, match="is damaged, so that nobody knows what its run reads"):
+    with pytest.raises(UserError, match="is damaged, so that its run's inputs are unknown"):
         kept(run, "last 1")
 
 

@@ -90,7 +90,11 @@ def test_rows_without_a_judgement_take_no_other_row_with_them(
         ("rewrad", {"prompt": "so?", "response": "x"}, "has no scorer 'rewrad'. Did you mean 'reward'?"),
         ("words", {"prompt": "so?"}, "texts.jsonl, line 1: a row needs"),
         ("words", {"prompt": "so?", "messages": [], "response": "x"}, "either"),
-        ("words", {"prompt": "so?", "response": "x"}, "is no model's directory, whose tokens the responses get. Give"),
+        (
+            "words",
+            {"prompt": "so?", "response": "x"},
+            "is no model's directory, but the responses need its tokenizer. Give",
+        ),
     ],
 )
 def test_bad_input(
@@ -112,7 +116,7 @@ def test_a_kind_that_does_not_exist_is_told_with_the_nearest(
 def test_a_prompt_has_one_known_answer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "so?", "response": "x", "answer": answer} for answer in ("a", "b")]
     assert main(["score", str(config), "exact", texts(tmp_path, *rows)]) == 2
-    assert "line 2: the same prompt has another answer before" in capsys.readouterr().err
+    assert "line 2: the same prompt has another answer in an earlier row" in capsys.readouterr().err
 
 
 def test_an_error_names_the_line_in_the_users_file(

@@ -33,7 +33,7 @@ def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(
         assert tasks & cluster.jobs()
     result = run.pipeline("run", str(run.config), "--iters", "0")
     assert result.returncode == 0, result.stderr
-    assert "goes on since an earlier command" in run.config.with_suffix(".log").read_text() + result.stdout
+    assert "continues from an earlier command" in run.config.with_suffix(".log").read_text() + result.stdout
     assert run.digests() == digests(finished_run.path, last=0)
     assert all(attempt.name == "attempt-1" for attempt in (run.path / "logs").rglob("attempt-*")), "nothing twice"
     run.wait_for(run.is_over, 200, "its last job, whose process has said that it is done, leaves the queue")

@@ -420,7 +420,7 @@ def test_a_dry_run_is_fresh_each_time_and_spares_what_is_not_its_own(
     assert tree(folder) == first
     (folder / "run.json").write_text("{}")
     assert main(["run", str(smallest), *DRY]) == 2
-    assert "is not what a dry run has left" in capsys.readouterr().err
+    assert "was not created by a dry run" in capsys.readouterr().err
     assert tree(folder) == first | {"run.json"}
 
 

@@ -151,8 +151,8 @@ def test_the_drivers_stages_have_clean_surroundings(place: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("variables={A-B: x}", "'A-B' is no name of a variable"),
-        ("variables={RANK: '0'}", "RANK tells a process its place among others"),
+        ("variables={A-B: x}", "'A-B' is no valid variable name"),
+        ("variables={RANK: '0'}", "RANK sets the rank of a process"),
         ("python=no/such/python", "not an executable file"),
     ],
 )

@@ -133,7 +133,7 @@ def test_damage_is_told_in_one_message_and_stops_nothing(run: HandmadeRun, capsy
     named = [line for line in captured.out.splitlines() if line.startswith((f"{torn} ", f"{changed}:"))]
     assert len(named) == 2
     assert captured.out.splitlines()[-1].endswith(": 2 problems")
-    assert captured.err.startswith(f"error: {run.path} is not whole.")
+    assert captured.err.startswith(f"error: {run.path} is damaged.")
     assert "Traceback" not in captured.err
 
 

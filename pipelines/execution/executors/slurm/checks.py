@@ -76,9 +76,9 @@ def _ask(*command: str, fix: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"`{' '.join(command)}` said nothing for {ANSWER_SECONDS} s. {fix}") from error
+        raise UserError(f"`{' '.join(command)}` did not answer within {ANSWER_SECONDS} s. {fix}") from error
     if result.returncode != 0:
-        said = "; ".join((result.stderr.strip() or result.stdout.strip() or "it said nothing").splitlines()[-3:])
+        said = "; ".join((result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-3:])
         raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {said}. {fix}")
     return result.stdout
 

@@ -129,7 +129,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
             scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
             end_unknown(run.path)
             raise SchedulerError(
-                f"{error}. What this command had submitted before was cancelled; correct it and give it again."
+                f"{error}. The jobs submitted before were cancelled; fix the cause and run the command again."
             ) from error
         live |= set(new[node.name].ids)
         run.record(StageSubmitted(stage=node.name, attempt=attempt.name, jobs=new[node.name].ids))
@@ -196,9 +196,7 @@ def prepare(task: SlurmTask, entry: JobEntry) -> Decision:
 def _prepare(context: JobContext) -> Decision:
     node, graph = context.node, context.site.graph
     if graph.rollbacks and not is_current(node, context.attempt):
-        raise TransientError(
-            f"stage {node.name} was submitted before a gate had taken the run back: it is another now."
-        )
+        raise TransientError(f"stage {node.name} was submitted before a gate rolled the run back, and is outdated.")
     missing = [name for name in node.needs if not exists_uncached(graph.nodes[name].output / MANIFEST)]
     if missing:
         raise UserError(f"stage {node.name} was started, but {', '.join(missing)} is not published.")
@@ -222,7 +220,7 @@ def finalize(task: SlurmTask, entry: JobEntry) -> int:
     with run.submit_lock():  # the submitting command may still be recording the job ids
         jobs = jobs_of(attempt)
     if jobs is None:
-        print(f"{run.path}: the command that submitted this job was killed. Give it again.", file=sys.stderr)
+        print(f"{run.path}: the command that submitted this job was killed. Run it again.", file=sys.stderr)
         return FAILED
     published = exists_uncached(node.output / MANIFEST)
     for event in job_events(node.name, attempt, jobs.tasks, published=published):
@@ -284,7 +282,7 @@ def _retry(context: JobContext) -> int:
         text = ending.reason or f"{ending.how}\n{log_tail(attempt)}"
         print(f"error: stage {node.name}: {text}\n  log: {log_of(attempt)}", file=sys.stderr)
         return UserError.exit_code if ending.kind == "user" else FAILED
-    print(f"stage {node.name} {ending.how} Once more in {pause:.0f} s.")
+    print(f"stage {node.name} {ending.how} Retrying in {pause:.0f} s.")
     latest = run.attempts(node.name)[-1]
     if latest == attempt or jobs_of(latest) is None:  # otherwise this job was killed after submitting, and restarted
         following = run.new_attempt(node.name)

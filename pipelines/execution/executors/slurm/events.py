@@ -44,7 +44,7 @@ def job_events(stage: str, attempt: Path, tasks: dict[str, int], *, published: b
     try:
         records = scheduler.complete_history(tasks, seconds, patience)
     except SchedulerError as error:
-        print(f"what happened to the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
+        print(f"the history of the jobs {', '.join(tasks)} is not known yet: {error}", file=sys.stderr)
         return []
     return _save(stage, attempt, records)
 

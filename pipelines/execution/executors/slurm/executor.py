@@ -117,7 +117,7 @@ class SlurmExecutor(Executor):
             return
         path, other = self.run.path, " with other settings" if same_settings else ""
         raise UserError(
-            f"the run {path} goes on without a driver{other}, as {plural(len(ids), 'Slurm job')} from {ids[0]} on. "
+            f"the run {path} continues without a driver{other}, as {plural(len(ids), 'Slurm job')} from {ids[0]} on. "
             f"`pipeline attach {path}` watches them; `pipeline cancel {path}` ends them, and what is done stays."
         )
 

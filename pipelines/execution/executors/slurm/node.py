@@ -158,7 +158,7 @@ def require_progress(part: Path, stage: str, limit: str) -> None:
     now = progress.read_bytes() if progress.exists() else b""
     if mark.exists() and mark.read_bytes() == now:
         raise UserError(
-            f"stage {stage} got no further between two ends of its time limit ({limit}). Raise "
+            f"stage {stage} made no progress between two time limits ({limit}). Raise "
             "executor.resources.time, or that of its entry in executor.stages; for a training also lower "
             "checkpoint_seconds."
         )

@@ -163,13 +163,13 @@ def _fresh(run: Path) -> Path:
         or (folder.exists() and not folder.is_dir())
         or (folder.is_dir() and not {path.name for path in folder.iterdir()} <= FILES)
     ):
-        raise UserError(f"{folder} is not what a dry run has left, but it would write there. Move it away.")
+        raise UserError(f"{folder} was not created by a dry run, which writes there. Move it away.")
     if folder.exists():
         shutil.rmtree(folder)
     try:
         (folder / "sbatch").mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}. Set directory=PATH.") from error
+        raise UserError(f"{folder} cannot be created: {error.strerror}. Set directory=PATH.") from error
     return folder
 
 
