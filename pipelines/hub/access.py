@@ -53,7 +53,7 @@ def _check_repo(repo: str, kind: Kind, spaces: set[str], name: str) -> Finding:
         if head is None:
             return "will be created"
         HfApi().auth_check(repo, repo_type=kind, write=True)
-        remote.require_ours(head)
+        remote.require_own_repo(head)
         return "exists, and the token may write there"
 
     if space not in spaces:

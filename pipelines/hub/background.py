@@ -15,7 +15,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import FILE, RunEnded, RunStarted
 
 POLL_SECONDS = 1.0
-LAST_PATIENCE = 60.0
+FINAL_PATIENCE = 60.0
 """Upper limit in seconds on retrying a request once the driver has ended."""
 
 
@@ -40,7 +40,7 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
     ended = stdin_closed()
 
     def patience() -> float:
-        return min(section.patience_seconds, LAST_PATIENCE) if ended.is_set() else section.patience_seconds
+        return min(section.patience_seconds, FINAL_PATIENCE) if ended.is_set() else section.patience_seconds
 
     pusher = Pusher(run, section, patience)
     seen, last = -1, False

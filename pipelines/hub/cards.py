@@ -11,7 +11,7 @@ from contracts import yaml_text
 from contracts.artifacts import Artifact
 from contracts.manifest import Manifest
 from pipelines.graph import name_of, sampled_from, tag_of
-from pipelines.hub.published_run import PublishedRun, public
+from pipelines.hub.published_run import PublishedRun, without_directories
 from pipelines.run.metrics import COLUMNS, is_further_scorer, ranking_metric
 from pipelines.text import plural
 
@@ -35,8 +35,8 @@ LIMITS = """\
 def checkpoint_card(published: PublishedRun, repo: str, iteration: int, manifest: Manifest) -> str:
     """The card of a checkpoint."""
     config = manifest.key_parts["config"]
-    base, sources = _name(published.config.policy), _sources(published)
-    algorithm = public(config.get("algorithm", "sft"))
+    base, sources = _public_name(published.config.policy), _sources(published)
+    algorithm = without_directories(config.get("algorithm", "sft"))
     meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if is_on_hub(published.config.policy):
         meta["base_model"] = base.partition("@")[0]
@@ -81,7 +81,7 @@ def pairs_card(published: PublishedRun, repo: str, iteration: int) -> str:
     """The card of the preference pairs of all iterations up to this one."""
     about = (
         "preference pairs: two answers of the policy to a prompt, the better one `chosen`, with both scores and the "
-        f"tokens. Each iteration's pairs are made of answers of {_older(published.config.lag)}."
+        f"tokens. Each iteration's pairs are made of answers of {_sampling_policies(published.config.lag)}."
     )
     found = [(number, published.find(name_of(number, "pairs"))) for number in range(iteration + 1)]
     ready = [(number, pairs) for number, pairs in found if pairs is not None]
@@ -90,7 +90,7 @@ def pairs_card(published: PublishedRun, repo: str, iteration: int) -> str:
         (
             f"iteration_{number}",
             f"{pairs.manifest.rows:,}",
-            *(_number(pairs.manifest.facts.get(name)) for name in names),
+            *(_rounded(pairs.manifest.facts.get(name)) for name in names),
         )
         for number, pairs in ready
     ]
@@ -126,7 +126,7 @@ def rollouts_card(published: PublishedRun, repo: str, iteration: int) -> str:
 
 def _split(number: int, artifact: Artifact, names: Iterable[str]) -> tuple[str, ...]:
     """A row of the table of splits."""
-    facts = (_number(artifact.manifest.facts.get(name)) for name in names)
+    facts = (_rounded(artifact.manifest.facts.get(name)) for name in names)
     return f"iteration_{number}", f"{artifact.manifest.rows:,}", *facts
 
 
@@ -136,7 +136,7 @@ def _data_card(
     files = [{"split": f"iteration_{number}", "path": f"data/iteration_{number}.parquet"} for number in splits]
     tags = ["ratchet", "rlhf", *(["preference"] if "preference" in about else [])]
     meta = {"configs": [{"config_name": "default", "data_files": files}], "tags": tags}
-    base, sources = _name(published.config.policy), _sources(published)
+    base, sources = _public_name(published.config.policy), _sources(published)
     model = [f"the checkpoints: `{published.section.model}`, with the same tags"] if published.section.model else []
     lines = [
         f"# {repo.partition('/')[2]}",
@@ -148,7 +148,7 @@ def _data_card(
         "## Splits",
         rows,
         "## Where they come from",
-        _list([f"initial policy: {_shown(base)}", *(f"{n}: {_shown(s)}" for n, s in sources.items()), *model]),
+        _list([f"initial policy: {_formatted(base)}", *(f"{n}: {_formatted(s)}" for n, s in sources.items()), *model]),
         *how,
         *_figures(published, iteration),
         *_dropped(published, iteration),
@@ -167,7 +167,7 @@ def is_on_hub(model: str) -> bool:
     return model.startswith("hf:") or IN_CACHE.search(model) is not None
 
 
-def _name(model: str) -> str:
+def _public_name(model: str) -> str:
     """The public name of a model or data set, without local directories."""
     if found := IN_CACHE.search(model):
         return f"{found[1]}/{found[2]}@{found[3]}"
@@ -191,10 +191,10 @@ def _sources(published: PublishedRun) -> dict[str, str]:
         found["offline pairs"] = str(config.offline.source)
     if config.reward_model is not None:
         found["prompts of the reward model"] = str(config.reward_model.prompts.source)
-    return {name: source if source.startswith("hf:") else _name(source) for name, source in found.items()}
+    return {name: source if source.startswith("hf:") else _public_name(source) for name, source in found.items()}
 
 
-def _shown(name: str) -> str:
+def _formatted(name: str) -> str:
     name = name.removeprefix("hf:")
     return f"{name.removeprefix('world:')} of the toy task" if name.startswith("world:") else f"`{name}`"
 
@@ -207,14 +207,14 @@ def _parents(published: PublishedRun, iteration: int, base: str, sources: dict[s
         before = "the initial policy" if start == 0 or config.start == "initial" else f"`{tag_of(start)}`"
         yield f"trained from {before}, and held close to {REFERENCES[config.reference]}"
     made = " (fine-tuned on demonstrations first)" if config.sft is not None else ""
-    yield f"initial policy: {_shown(base)}{made}"
+    yield f"initial policy: {_formatted(base)}{made}"
     for name, source in sources.items():
-        yield f"{name}: {_shown(source)}"
+        yield f"{name}: {_formatted(source)}"
     for name, scorer in config.scorers.items():
         source = (
-            _shown(_name(str(scorer.model_path)))
+            _formatted(_public_name(str(scorer.model_path)))
             if scorer.model_path
-            else f"`{public(scorer.display_name)}`"
+            else f"`{without_directories(scorer.display_name)}`"
             if scorer.display_name != scorer.kind
             else ""
         )
@@ -230,7 +230,7 @@ def _sampler(iteration: int, lag: int) -> str:
     return f"`{tag_of(number)}`" if number else "the initial policy"
 
 
-def _older(lag: int) -> str:
+def _sampling_policies(lag: int) -> str:
     return f"a policy {plural(lag, 'iteration')} older than the one before it" if lag else "the policy before it"
 
 
@@ -247,7 +247,7 @@ def _trained_on(published: PublishedRun, iteration: int, manifest: Manifest) -> 
             whose = _sampler(iteration, published.config.at(iteration).lag)
             yield (
                 f"{artifact.manifest.rows:,} prompts with {settings['k']} answers each, which {whose} sampled "
-                f"at temperature {heat}: {_number(facts.get('response_tokens'))} tokens"
+                f"at temperature {heat}: {_rounded(facts.get('response_tokens'))} tokens"
             )
         elif name == "selected/rollouts":
             yield (
@@ -256,7 +256,7 @@ def _trained_on(published: PublishedRun, iteration: int, manifest: Manifest) -> 
             )
         elif name == "pairs":
             margin, chosen, rejected = (
-                _number(facts.get(name)) for name in ("margin_mean", "chosen_tokens_mean", "rejected_tokens_mean")
+                _rounded(facts.get(name)) for name in ("margin_mean", "chosen_tokens_mean", "rejected_tokens_mean")
             )
             yield (
                 f"{artifact.manifest.rows:,} pairs of these, chosen by `{settings['strategy']}`; mean margin {margin}, "
@@ -264,8 +264,8 @@ def _trained_on(published: PublishedRun, iteration: int, manifest: Manifest) -> 
             )
         elif name == "experience":
             yield (
-                f"{_number(facts.get('samples'))} of these answers with their rewards; mean reward "
-                f"{_number(facts.get('reward_mean'))}, KL penalty {_number(facts.get('kl_coefficient')) or 'none'}"
+                f"{_rounded(facts.get('samples'))} of these answers with their rewards; mean reward "
+                f"{_rounded(facts.get('reward_mean'))}, KL penalty {_rounded(facts.get('kl_coefficient')) or 'none'}"
             )
     config = published.config.at(iteration)
     if config.accumulate and iteration > 1:
@@ -280,7 +280,7 @@ def _trained_on(published: PublishedRun, iteration: int, manifest: Manifest) -> 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in sorted(config.items()):
         if value not in (None, [], {}):
-            yield name, f"`{json.dumps(public(value))}`"
+            yield name, f"`{json.dumps(without_directories(value))}`"
 
 
 def _figures(published: PublishedRun, iteration: int) -> list[str]:
@@ -289,7 +289,7 @@ def _figures(published: PublishedRun, iteration: int) -> list[str]:
     known = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     known += sorted({name for row in rows for name in row if is_further_scorer(name)})
     titles = ("iteration", *(COLUMNS.get(name, name.removesuffix("_mean")) for name in known))
-    table = _table(titles, [(str(row["iteration"]), *(_number(row.get(name)) for name in known)) for row in rows])
+    table = _table(titles, [(str(row["iteration"]), *(_rounded(row.get(name)) for name in known)) for row in rows])
     best = f"The best so far by `{ranking_metric(rows[0])}`: `{tag_of(published.best(iteration))}`." if rows else ""
     return ["## Figures on held-out prompts", table, *filter(None, [best])]
 
@@ -310,7 +310,7 @@ def _versions(manifest: Manifest) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(manifest.key_parts["versions"].items()))
 
 
-def _number(value: Any) -> str:
+def _rounded(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -103,7 +103,7 @@ def failure_of(error: Exception, repo: str) -> Failure:
         if system_code(found) in (errno.ENOSPC, errno.EDQUOT) and (full := as_user_error(found)) is not None:
             return Failure(str(full), lasts=True)
         if isinstance(found, HfHubHTTPError) and found.response is not None:
-            return _refusal(found, repo)
+            return _http_failure(found, repo)
     for found in chain:
         if is_transient(found) or type(found).__module__.partition(".")[0] in ("httpx", "httpx2"):
             text = f"{repo}: the Hub could not be reached: {_message_of(found)}. {RETRY_NOTE}"
@@ -111,18 +111,18 @@ def failure_of(error: Exception, repo: str) -> Failure:
     raise error
 
 
-def _refusal(error: HfHubHTTPError, repo: str) -> Failure:
+def _http_failure(error: HfHubHTTPError, repo: str) -> Failure:
     status = error.response.status_code
     if status in RETRIED_STATUSES or status >= 500:
         text = f"{repo}: the Hub answers {status}: {_message_of(error)}. {RETRY_NOTE}"
-        return Failure(text, lasts=False, pause=_asked_pause(error))
+        return Failure(text, lasts=False, pause=_retry_after(error))
     if status == 404 and not isinstance(error, RepositoryNotFoundError):
         return Failure(f"{repo}: the Hub answers {status}: {_message_of(error)}.", lasts=False)  # deleted meanwhile
     fix = FIXES.get(status, "")
     return Failure(f"{repo}: the Hub answers {status}: {_message_of(error)}. {fix}".rstrip(), lasts=True)
 
 
-def _asked_pause(error: HfHubHTTPError) -> float:
+def _retry_after(error: HfHubHTTPError) -> float:
     """Seconds in the header Retry-After, which is a number or a date; 0 without one."""
     asked = error.response.headers.get("retry-after", "")
     if re.fullmatch(r"\d+(\.\d+)?", asked):

@@ -16,12 +16,12 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.metrics import best_of
 
 
-def public(value: Any) -> Any:
+def without_directories(value: Any) -> Any:
     """A value of a config with every absolute path reduced to its last part, so that no directory is published."""
     if isinstance(value, dict):
-        return {name: public(inner) for name, inner in value.items()}
+        return {name: without_directories(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [public(inner) for inner in value]
+        return [without_directories(inner) for inner in value]
     return value.rpartition("/")[2] if isinstance(value, str) and value.startswith("/") else value
 
 

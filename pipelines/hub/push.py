@@ -115,7 +115,7 @@ class Pusher:
         """The outcomes that `push` would have; nothing is written."""
         for upload in uploads(self.run, self.section, self._writer):
             if only in (None, upload.iteration):
-                yield self._planned(upload)
+                yield self._plan(upload)
 
     def _push(self, upload: Upload) -> Pushed:
         remote, place = Remote(upload.repo, upload.kind), (upload.repo, upload.kind, upload.tag)
@@ -132,7 +132,7 @@ class Pusher:
             return self._record(Pushed(*place, "failed", error=str(error), lasts=error.failure.lasts))
         return self._record(Pushed(*place, "on the Hub", commit))
 
-    def _planned(self, upload: Upload) -> Pushed:
+    def _plan(self, upload: Upload) -> Pushed:
         remote = Remote(upload.repo, upload.kind)
 
         def ask() -> str | None:

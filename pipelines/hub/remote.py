@@ -92,10 +92,10 @@ class Remote:
                 break
             if commit.title == upload.title and self.holds(upload, commit.commit_id):
                 return commit.commit_id, False
-        self.require_ours(head)
+        self.require_own_repo(head)
         return None, False
 
-    def require_ours(self, head: Head) -> None:
+    def require_own_repo(self, head: Head) -> None:
         """Raise RefusedError where a repo has files but no tag of an iteration."""
         if not _iterations(head) and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
             raise RefusedError(

@@ -20,7 +20,7 @@ from pipelines.config.sections import HubSection
 from pipelines.graph import name_of, tag_of
 from pipelines.hub.cards import checkpoint_card, pairs_card, rollouts_card
 from pipelines.hub.parquet import RolloutsWriter
-from pipelines.hub.published_run import PublishedRun, public
+from pipelines.hub.published_run import PublishedRun, without_directories
 from pipelines.run.directory import RunDirectory
 
 Kind = Literal["model", "dataset"]
@@ -188,7 +188,7 @@ def provenance_of(artifact: Artifact, **others: Artifact) -> bytes:
     def part(artifact: Artifact) -> dict[str, object]:
         manifest = artifact.manifest
         names = ("schema", "stage", "key", "key_parts", "digest", "inputs", "rows", "ledger", "files", "weights")
-        return {name: public(msgspec.to_builtins(getattr(manifest, name))) for name in names}
+        return {name: without_directories(msgspec.to_builtins(getattr(manifest, name))) for name in names}
 
     content = part(artifact) | {name: part(other) for name, other in others.items()}
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"

@@ -69,7 +69,7 @@ class Display:
     def _print(self, events: list[Event]) -> None:
         self._remaining.update(events)
         for event in events:
-            self._note(event)
+            self._track(event)
             line = live_line(event)
             if line is not None and isinstance(event, StagePublished):
                 words = in_words(self._remaining.seconds(self._shares())) if self._live is None else ""
@@ -79,7 +79,7 @@ class Display:
         if self._live:
             self._live.update(self._table(), refresh=True)
 
-    def _note(self, event: Event) -> None:
+    def _track(self, event: Event) -> None:
         """Keep track of the running stages."""
         if isinstance(event, StageStarted):
             self._running[event.stage] = event

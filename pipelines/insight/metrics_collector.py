@@ -25,10 +25,10 @@ from pipelines.graph import Graph, Node, name_of
 from pipelines.run.directory import RunDirectory
 from pipelines.run.points import PointStream
 
-SPEED = "_per_second"
-HELD_OUT = "held_out_"
+SPEED_SUFFIX = "_per_second"
+HELD_OUT_PREFIX = "held_out_"
 """Prefix of the metrics that a training measures once after its last step: they belong to the stage, not to a step."""
-OWN_EVALUATIONS = "evaluations"
+OWN_EVALUATIONS_PREFIX = "evaluations"
 """Prefix of the roles of the user's own evaluations."""
 
 
@@ -89,7 +89,7 @@ class Collector:
                 if decision is None:  # the attempt's logs are damaged
                     continue
                 for report in decode_reports(whole):
-                    yield self._point(node, decision.key, report, _renamed(node, report.metrics))
+                    yield self._point(node, decision.key, report, _with_prefixes(node, report.metrics))
 
     def _logged(self, node: Node, key: str) -> Iterator[Point]:
         """The points of a published training log: those that were reported, also where an attempt's logs were lost."""
@@ -97,16 +97,16 @@ class Collector:
         log = node.output / node.stage.step_log
         for line in log.read_bytes().splitlines() if log.exists() else ():  # `verify` reports a lost one
             found = msgspec.json.decode(line, type=dict[str, float])
-            metrics = {name: value for name, value in found.items() if not name.startswith(HELD_OUT)}
+            metrics = {name: value for name, value in found.items() if not name.startswith(HELD_OUT_PREFIX)}
             yield self._point(
-                node, key, Report("step", int(metrics["step"]), round(time, 3), metrics), _renamed(node, metrics)
+                node, key, Report("step", int(metrics["step"]), round(time, 3), metrics), _with_prefixes(node, metrics)
             )
 
     def _point(self, node: Node, key: str, report: Report, metrics: Mapping[str, float]) -> Point:
-        done = self._done(node)
+        done = self._steps_of(node)
         is_step_of_policy = report.unit == "step" and group_of(node) == "train"
         if group_of(node) == "train" and report.unit == "stage":
-            done = self._done_by(node.iteration or 0)
+            done = self._steps_until(node.iteration or 0)
         return Point(
             point=0,
             time=report.time,
@@ -119,20 +119,20 @@ class Collector:
             metrics=dict(metrics),
         )
 
-    def _done(self, node: Node) -> int:
+    def _steps_of(self, node: Node) -> int:
         """Total optimizer steps of the newest policy that a stage depends on."""
-        return self._done_by(self._newest[node.name])
+        return self._steps_until(self._newest[node.name])
 
-    def _done_by(self, iteration: int) -> int:
+    def _steps_until(self, iteration: int) -> int:
         """Total optimizer steps of the policy at the end of an iteration's training."""
         if iteration < 1:
             return 0
         if iteration not in self._steps:
             training = self._graph.nodes.get(name_of(iteration, "training"))
             if training is None or not (training.output / MANIFEST).is_file():
-                return self._done_by(iteration - 1)
+                return self._steps_until(iteration - 1)
             own = int(Artifact.open(training.output).manifest.facts.get("steps", 0))
-            self._steps[iteration] = self._done_by(iteration - 1) + own
+            self._steps[iteration] = self._steps_until(iteration - 1) + own
         return self._steps[iteration]
 
 
@@ -154,17 +154,17 @@ def group_of(node: Node) -> str:
     if role == "evaluation":
         return "eval"
     folder, _, name = role.rpartition("/")
-    return f"eval/{name}" if folder in ("heldout", OWN_EVALUATIONS) else f"data/{role}"
+    return f"eval/{name}" if folder in ("heldout", OWN_EVALUATIONS_PREFIX) else f"data/{role}"
 
 
 def _short(role: str) -> str:
     return role.removeprefix("setup/").removesuffix("/training")
 
 
-def _renamed(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
+def _with_prefixes(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
     system = f"system/{node.role}"
     return {
-        f"{system if name.endswith(SPEED) else group_of(node)}/{name}": value
+        f"{system if name.endswith(SPEED_SUFFIX) else group_of(node)}/{name}": value
         for name, value in metrics.items()
         if name != "step"
     }
@@ -173,13 +173,13 @@ def _renamed(node: Node, metrics: Mapping[str, float]) -> dict[str, float]:
 def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
     """The metrics of a stage as a whole, from its manifest."""
     group, system = group_of(node), f"system/{node.role}"
-    own = node.role.startswith(f"{OWN_EVALUATIONS}/")
+    own = node.role.startswith(f"{OWN_EVALUATIONS_PREFIX}/")
     for name, value in manifest.facts.get("metrics", {}).items():
         if _is_number(value) and name != "iteration":
             yield f"{group}/{name}", value
     if node.workload == "training":
         for name, value in manifest.facts.get("final", {}).items():
-            if name.startswith(HELD_OUT):
+            if name.startswith(HELD_OUT_PREFIX):
                 yield f"{group}/{name}", value
     else:
         for name, value in manifest.facts.items():
@@ -193,7 +193,7 @@ def _published(node: Node, manifest: Manifest) -> Iterator[tuple[str, float]]:
         yield f"{system}/{name}_seconds", value
     tokens = manifest.facts.get("response_tokens", manifest.facts.get("tokens"))
     if tokens and manifest.seconds.get("compute"):
-        yield f"{system}/tokens{SPEED}", tokens / manifest.seconds["compute"]
+        yield f"{system}/tokens{SPEED_SUFFIX}", tokens / manifest.seconds["compute"]
 
 
 def _is_number(value: Any) -> bool:

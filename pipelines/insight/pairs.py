@@ -91,7 +91,7 @@ def _read(name: str, artifact: Artifact) -> tuple[PairSet, set[tuple[str, int, i
         numbers.append((pair.margin, pair.chosen_score, pair.rejected_score, *lengths))
     margins, chosen, rejected, chosen_tokens, rejected_tokens = zip(*numbers, strict=True) if numbers else [()] * 5
     longer = [(a > b) + 0.5 * (a == b) for a, b in zip(chosen_tokens, rejected_tokens, strict=True)]
-    low, middle, high = _tenth(margins, 1), _tenth(margins, 5), _tenth(margins, 9)
+    low, middle, high = _decile(margins, 1), _decile(margins, 5), _decile(margins, 9)
     manifest = artifact.manifest
     found = PairSet(
         name, str(artifact.path), manifest.key_parts["config"], len(numbers),
@@ -108,7 +108,7 @@ def _mean(values: Any) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _tenth(values: Any, number: int) -> float | None:
+def _decile(values: Any, number: int) -> float | None:
     """The (10 * number)-th percentile of values, without interpolation; None without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, number * len(ordered) // 10)] if ordered else None

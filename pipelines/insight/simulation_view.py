@@ -21,7 +21,7 @@ from pipelines.text import echo, format_duration, format_ranges, plural
 
 MAX_NAMED = 3
 """At most so many items are listed in a sentence."""
-WORTH_SAYING = 0.005
+MIN_GAIN = 0.005
 """Share of the run's time below which a gain is not mentioned."""
 BASES: dict[Basis, str] = {
     "measured": "runs of similar stages",
@@ -256,7 +256,7 @@ def _bottleneck(view: SimulationView) -> Iterable[str]:
         return
     first = next(iter(view.way))
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in list(view.way.items())[:MAX_NAMED])
-    worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= WORTH_SAYING][:MAX_NAMED]
+    worth = [(kind, gain) for kind, gain in view.gains.items() if gain >= MIN_GAIN][:MAX_NAMED]
     saved = ", ".join(f"{kind} {gain:.1%}" for kind, gain in worth)
     yield f"bottleneck: {first}. Shares of the critical path: {shares}. Saved if each took a tenth less: {saved}"
 

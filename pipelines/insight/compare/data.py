@@ -29,7 +29,7 @@ class ComparedAnswers(msgspec.Struct, frozen=True):
     second_score: float
 
 
-class Paired(msgspec.Struct, frozen=True):
+class PairedComparison(msgspec.Struct, frozen=True):
     """Comparison of two policies by one scorer, on the held-out prompts that both have answered."""
 
     scorer: str
@@ -71,7 +71,7 @@ class Comparison(msgspec.Struct, frozen=True):
     changes: list[Change]
     metrics: dict[str, list[Series]]
     """The evaluation metrics by name, one series for each run."""
-    paired: list[Paired]
+    paired: list[PairedComparison]
     notes: list[str]
     """The reasons why something could not be compared."""
     left_out: list[str] = []

@@ -17,7 +17,7 @@ from contracts.records import ROLLOUTS, SCORES, Rollout, Score
 from pipelines.config.changes import merge
 from pipelines.config.run import RunConfig
 from pipelines.graph import Graph, Node
-from pipelines.insight.compare.data import Change, ComparedAnswers, Comparison, Paired, Series
+from pipelines.insight.compare.data import Change, ComparedAnswers, Comparison, PairedComparison, Series
 from pipelines.run.directory import RunDirectory
 from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
@@ -116,7 +116,7 @@ def _by_prompt(scores: Artifact) -> dict[str, float]:
     return {prompt: math.fsum(values) / len(values) for prompt, values in found.items()}
 
 
-def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]:
+def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[PairedComparison]:
     if len(first.prompts & second.prompts) < 2:
         notes.append(f"{first.label} and {second.label} have fewer than two held-out prompts in common.")
         return
@@ -145,13 +145,13 @@ def _paired(first: Policy, second: Policy, notes: list[str]) -> Iterator[Paired]
         )
 
 
-def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tuple[float, float]]) -> Paired:
+def _difference(scorer: str, first: Policy, second: Policy, scores: dict[str, tuple[float, float]]) -> PairedComparison:
     differences = {prompt: second_score - first_score for prompt, (first_score, second_score) in scores.items()}
     values = list(differences.values())
     difference, ci95 = mean_with_interval(values)
     order = sorted(differences, key=lambda prompt: differences[prompt])
     shown = list(dict.fromkeys([*order[-SHOWN_PROMPTS:][::-1], *order[:SHOWN_PROMPTS]]))
-    return Paired(
+    return PairedComparison(
         scorer=scorer,
         first=first.label,
         second=second.label,

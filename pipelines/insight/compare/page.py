@@ -6,7 +6,7 @@ from base64 import b64encode
 import msgspec
 
 from pipelines.insight.compare.data import Comparison
-from pipelines.insight.report.page import DOM, PLOT, PLOTS, STYLES, environment, read_asset, script_hash
+from pipelines.insight.report.page import DOM, PLOT, STYLES, UPLOT, environment, read_asset, script_hash
 
 HIDDEN = ("ci95", "unscored", "prompts", "samples")
 """Suffixes of metrics that are not drawn."""
@@ -15,7 +15,7 @@ HIDDEN = ("ci95", "unscored", "prompts", "samples")
 def render_comparison(found: Comparison) -> str:
     """The page as HTML."""
     drawn = {name: series for name, series in found.metrics.items() if not name.endswith(HIDDEN)}
-    scripts = [read_asset(name) for name in (PLOTS, DOM, PLOT, "compare/assets/compare.js")]
+    scripts = [read_asset(name) for name in (UPLOT, DOM, PLOT, "compare/assets/compare.js")]
     template = environment().get_template("compare/assets/compare.html.j2")
     return template.render(
         found=found,

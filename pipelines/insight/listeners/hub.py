@@ -37,7 +37,7 @@ class HubListener:
         if self._process is not None and (error := self._process.failure()):
             self._process = None
             self._run.record(ListenerFailed(listener="pipelines.hub", error=error))
-        if self._process is None and any(map(self._completes, events)) and self._lacks():
+        if self._process is None and any(map(self._completes_iteration, events)) and self._has_unpushed():
             start = command(self._run)
             self._process = ReaderProcess(start, os.environ, b"", self._run.path / LOG)
 
@@ -48,12 +48,12 @@ class HubListener:
             if not self._interrupted:
                 self._process.wait_until(time.monotonic() + self._section.wait_seconds)
 
-    def _completes(self, event: Event) -> bool:
+    def _completes_iteration(self, event: Event) -> bool:
         if not isinstance(event, StagePublished | StageReused) or event.stage not in self._graph.nodes:
             return False
         return self._graph.nodes[event.stage].stage.name == "evaluation"
 
-    def _lacks(self) -> bool:
+    def _has_unpushed(self) -> bool:
         """Whether something is published that is not known to be on the Hub."""
         there = pushed_to_hub(self._run.events())
         return any((repo, tag_of(number)) not in there for repo, _, number in ready(self._run, self._section))

@@ -33,7 +33,7 @@ class Trackers:
 
     def __call__(self, events: list[Event]) -> None:
         """Start the trackers that have something to send, and record those that have failed."""
-        for name in [name for name in self._waiting if self._lacks(name)]:
+        for name in [name for name in self._waiting if self._has_unsent(name)]:
             self._waiting.discard(name)
             self._processes[name] = self._start(name)
         for name, process in list(self._processes.items()):
@@ -51,7 +51,7 @@ class Trackers:
                 with contextlib.suppress(OSError):  # a full disk, which the run itself reports
                     self._run.record(TrackerFailed(tracker=name, error=error))
 
-    def _lacks(self, tracker: str) -> bool:
+    def _has_unsent(self, tracker: str) -> bool:
         """Whether metrics.jsonl has more than what was sent to a tracker."""
         path, sent = self._run.path / METRICS, sent_file(self._run.path, tracker)
         there = path.stat().st_size if path.exists() else 0

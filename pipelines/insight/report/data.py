@@ -223,7 +223,7 @@ class ExpectedLine(msgspec.Struct, kw_only=True):
     """Measured over expected duration of each stage."""
 
 
-class PaidLine(msgspec.Struct, kw_only=True):
+class JudgeCosts(msgspec.Struct, kw_only=True):
     """What a judge has cost, over all published stages."""
 
     scorer: str
@@ -258,7 +258,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     """Iterations whose policies were refused by a gate that stops or rolls back."""
     stopped: str = ""
     """Why a gate has stopped the run."""
-    paid: list[PaidLine] = []
+    paid: list[JudgeCosts] = []
     own_evaluations: list[dict[str, Any]] = []
     """Metrics of the user's own evaluations: {iteration, NAME/METRIC: number}, one for each policy."""
     scorers: list[str] = []

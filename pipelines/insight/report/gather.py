@@ -18,13 +18,13 @@ from contracts.secrets import TOKEN
 from pipelines.execution.endings import failure_of, progress_of
 from pipelines.graph import Graph, Node
 from pipelines.insight.event_text import notable_lines, of_current_config
-from pipelines.insight.report.data import LedgerLine, PaidLine, RunReport, SampleSet, StageRow, TrainingCurves
+from pipelines.insight.report.data import JudgeCosts, LedgerLine, RunReport, SampleSet, StageRow, TrainingCurves
 from pipelines.insight.report.expected import expected_lines, plan_statement
 from pipelines.insight.report.length import TRAINED_ON
 from pipelines.insight.report.rows import SetSources
 from pipelines.insight.report.sample_cache import SampleCache
 from pipelines.insight.report.statements import statements
-from pipelines.insight.report.timing import devices_of, note_waits, stage_row, time_facts
+from pipelines.insight.report.timing import devices_of, set_held_times, stage_row, time_facts
 from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, RunCancelled, RunEnded, RunStarted, StageEvent, StageSubmitted
 from pipelines.run.gates import refused, stop_decision
@@ -80,7 +80,7 @@ class _Gatherer:
                 self.artifacts[name] = found
         waiting = [name for name in self.graph.nodes if name not in self.artifacts]
         rows = [self.stage(node) for node in self.graph.nodes.values()]
-        note_waits(rows, {name: node.needs for name, node in self.graph.nodes.items()}, self.events)
+        set_held_times(rows, {name: node.needs for name, node in self.graph.nodes.items()}, self.events)
         sets = list(self.sets())
         stop = stop_decision(self.graph)
         report = RunReport(
@@ -172,15 +172,15 @@ class _Gatherer:
                 row |= {f"{own}/{key}": value for key, value in artifact.manifest.facts.get("metrics", {}).items()}
         return [found[iteration] for iteration in sorted(found)]
 
-    def paid(self) -> list[PaidLine]:
-        found: dict[str, PaidLine] = {}
+    def paid(self) -> list[JudgeCosts]:
+        found: dict[str, JudgeCosts] = {}
         for artifact in self.artifacts.values():
             facts = artifact.manifest.facts
             if artifact.manifest.schema != SCORES or "answers_paid" not in facts:
                 continue
             name = str(facts.get("scorer"))
             line = found.setdefault(
-                name, PaidLine(scorer=name, stages=0, answers=0, prompt_tokens=0, completion_tokens=0, cost=None)
+                name, JudgeCosts(scorer=name, stages=0, answers=0, prompt_tokens=0, completion_tokens=0, cost=None)
             )
             line.stages += 1
             line.answers += facts["answers_paid"]
@@ -272,8 +272,8 @@ class _Gatherer:
                 yield from self.curves_of(name, self.try_read(name, read, None))
         for name, points in latest(self.try_read(METRICS, lambda: read_points(self.run.path), [])).items():
             if name in self.graph.nodes and name not in self.artifacts:
-                lines = ({"step": point.number, **_ungrouped(point)} for point in points if point.unit == "step")
-                yield from self.curves_of(name, thinned(lines))
+                lines = ({"step": point.number, **_without_prefixes(point)} for point in points if point.unit == "step")
+                yield from self.curves_of(name, downsample(lines))
 
     def curves_of(self, name: str, found: Curves | None) -> Iterable[TrainingCurves]:
         if found is not None and found[0]:
@@ -291,15 +291,15 @@ class _Gatherer:
 
 
 def _log_of(file: Path) -> Curves:
-    return thinned(read_jsonl(file, dict))
+    return downsample(read_jsonl(file, dict))
 
 
-def _ungrouped(point: Point) -> dict[str, float]:
+def _without_prefixes(point: Point) -> dict[str, float]:
     """The metrics of a point without their prefixes, as in the training's log."""
     return {name.partition("/")[2]: value for name, value in point.metrics.items()}
 
 
-def thinned(lines: Iterable[dict[str, Any]]) -> Curves:
+def downsample(lines: Iterable[dict[str, Any]]) -> Curves:
     """Steps and series of a training log, as means of neighbouring steps where it has more than MAX_STEPS."""
     rows = [
         {name: value for name, value in line.items() if _is_number(value)}

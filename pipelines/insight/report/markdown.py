@@ -9,8 +9,8 @@ from pipelines.insight.report.tables import (
     NONE,
     evaluation_table,
     funnels,
-    own_table,
-    paid_table,
+    judge_costs_table,
+    own_evaluations_table,
     provenance,
     rounded,
     visible,
@@ -38,11 +38,11 @@ def render_markdown(report: RunReport) -> str:
     titles, rows = evaluation_table(report)
     if rows:
         parts += ["## Held-out prompts, by iteration", table(titles, rows)]
-    own = own_table(report)
+    own = own_evaluations_table(report)
     if own[1]:
         parts += ["## Your own evaluations", table([escaped(title) for title in own[0]], own[1])]
     if report.paid:
-        parts += ["## What judges have cost", table(*paid_table(report))]
+        parts += ["## What judges have cost", table(*judge_costs_table(report))]
     parts += _training_data(report)
     for stage, bins in report.calibration.items():
         rows = [

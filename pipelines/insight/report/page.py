@@ -19,11 +19,11 @@ from pipelines.insight.report.tables import (
     evaluation_table,
     funnels,
     gantt,
-    now,
-    own_table,
-    paid_table,
+    judge_costs_table,
+    own_evaluations_table,
     provenance,
     rounded,
+    running_stages,
     visible,
 )
 
@@ -34,11 +34,11 @@ PAGE_BYTES = 4_600_000
 """Size of a page with its samples; chunks that do not fit are files next to it."""
 MAX_GROUPS = 50_000
 """Prompts that the browser of samples can sort and filter, over all sets."""
-PLOTS = "report/vendor/uPlot-1.6.32.iife.min.js"
+UPLOT = "report/vendor/uPlot-1.6.32.iife.min.js"
 DOM = "report/assets/dom.js"
 PLOT = "report/assets/plot.js"
 SCRIPTS = (
-    PLOTS,
+    UPLOT,
     "report/vendor/diff-9.0.0.min.js",
     DOM,
     "report/assets/samples.js",
@@ -65,7 +65,7 @@ def render_page(
     scripts = [read_asset(name) for name in SCRIPTS]
     styles = [read_asset(name) for name in STYLES]
     size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
-    inside = [] if live is not None else _fitting(sets, PAGE_BYTES - size)
+    inside = [] if live is not None else _chunks_that_fit(sets, PAGE_BYTES - size)
     others = [name for found in sets for name in _chunk_names(found) if name not in set(inside)]
     text = (
         environment()
@@ -81,9 +81,9 @@ def render_page(
             funnels=funnels(report),
             gantt=gantt(report),
             provenance=provenance(report),
-            now=now(report),
-            own=own_table(report),
-            paid=paid_table(report),
+            now=running_stages(report),
+            own=own_evaluations_table(report),
+            paid=judge_costs_table(report),
             expected=expected_table(report),
         )
     )
@@ -94,7 +94,7 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
     """The sets, without the samples beyond `MAX_GROUPS`, and without points that are not drawn."""
     kept: set[str] = set()
     room = MAX_GROUPS
-    for found in sorted(sets, key=_interest):
+    for found in sorted(sets, key=_interest_rank):
         room -= len(found.columns.prompt)
         if room >= 0:
             kept.add(found.key)
@@ -127,10 +127,10 @@ def _data(report: RunReport, sets: list[SampleSet], folder: str | None, live: in
     return b64encode(zlib.compress(msgspec.json.encode(data), LEVEL)).decode()
 
 
-def _fitting(sets: list[SampleSet], room: int) -> list[str]:
+def _chunks_that_fit(sets: list[SampleSet], room: int) -> list[str]:
     """The chunks that fit into `room` bytes of the page: all texts before any log-probabilities."""
     found: list[str] = []
-    ordered = sorted(sets, key=_interest)
+    ordered = sorted(sets, key=_interest_rank)
     for sizes, kind in (("bytes", ""), ("token_bytes", "t")):
         for one in ordered:
             for number, size in enumerate(getattr(one, sizes)):
@@ -140,7 +140,7 @@ def _fitting(sets: list[SampleSet], room: int) -> list[str]:
     return found
 
 
-def _interest(found: SampleSet) -> tuple[int, int]:
+def _interest_rank(found: SampleSet) -> tuple[int, int]:
     """Sort key by interest to a reader: held-out prompts first, then the latest iterations."""
     return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
 

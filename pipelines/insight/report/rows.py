@@ -20,7 +20,7 @@ MAX_GROUPS = 20_000
 """Prompts of one set that are shown; further ones only count in the statistics."""
 
 
-class ReadAnswer(msgspec.Struct):
+class CompletionFields(msgspec.Struct):
     """The fields of a completion that a report reads."""
 
     sample: int
@@ -30,17 +30,17 @@ class ReadAnswer(msgspec.Struct):
     logprobs: list[float]
 
 
-class ReadRow(msgspec.Struct):
+class RolloutFields(msgspec.Struct):
     """The fields of a rollout that a report reads."""
 
     prompt_id: str
     messages: list[Message]
-    completions: list[ReadAnswer]
+    completions: list[CompletionFields]
     tags: list[str] = []
     answer: str | None = None
 
 
-class ReadScore(msgspec.Struct):
+class ScoreFields(msgspec.Struct):
     """The fields of a score that a report reads."""
 
     prompt_id: str
@@ -51,7 +51,7 @@ class ReadScore(msgspec.Struct):
     extras: dict[str, Any] | None = None
 
 
-class ReadPair(msgspec.Struct):
+class PairFields(msgspec.Struct):
     """The fields of a pair that a report reads."""
 
     prompt_id: str
@@ -87,7 +87,7 @@ class SetSources:
         return digest([FORMAT, found, list(self.scores), CHUNK_BYTES, MAX_GROUPS])[:16]
 
 
-def question_of(row: ReadRow) -> str:
+def last_user_turn(row: RolloutFields) -> str:
     """The last turn of the user."""
     return next((message.content for message in reversed(row.messages) if message.role == "user"), "")
 
@@ -100,10 +100,10 @@ def text_of_turn(message: Message) -> str:
     return "\n".join(filter(None, parts))
 
 
-def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, ReadScore]]:
+def scores_in(artifact: Artifact, shard: str) -> dict[str, dict[int, ScoreFields]]:
     """The scores of a shard by prompt id and sample."""
-    found: dict[str, dict[int, ReadScore]] = {}
-    for score in read_jsonl(artifact.path / shard, ReadScore):
+    found: dict[str, dict[int, ScoreFields]] = {}
+    for score in read_jsonl(artifact.path / shard, ScoreFields):
         found.setdefault(score.prompt_id, {})[score.sample] = score
     return found
 
@@ -112,18 +112,18 @@ def logprobs_in(artifact: Artifact, shard: str) -> dict[tuple[str, int], list[fl
     """The token log-probabilities (nats) of a shard by (prompt id, sample)."""
     return {
         (score.prompt_id, score.sample): score.token_logprobs or []
-        for score in read_jsonl(artifact.path / shard, ReadScore)
+        for score in read_jsonl(artifact.path / shard, ScoreFields)
     }
 
 
-def pairs_in(artifact: Artifact | None) -> dict[str, list[ReadPair]]:
+def pairs_in(artifact: Artifact | None) -> dict[str, list[PairFields]]:
     """All pairs by prompt id. Their shards are not those of the rollouts, so they are read at once."""
-    found: dict[str, list[ReadPair]] = {}
+    found: dict[str, list[PairFields]] = {}
     for pair in _pairs(artifact):
         found.setdefault(pair.prompt_id, []).append(pair)
     return found
 
 
-def _pairs(artifact: Artifact | None) -> Iterator[ReadPair]:
+def _pairs(artifact: Artifact | None) -> Iterator[PairFields]:
     for shard in artifact.shards if artifact else []:
-        yield from read_jsonl(shard, ReadPair)
+        yield from read_jsonl(shard, PairFields)

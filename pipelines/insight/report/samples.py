@@ -15,14 +15,14 @@ from pipelines.insight.report.moments import Moments
 from pipelines.insight.report.rows import (
     CHUNK_BYTES,
     MAX_GROUPS,
-    ReadAnswer,
-    ReadPair,
-    ReadRow,
-    ReadScore,
+    CompletionFields,
+    PairFields,
+    RolloutFields,
+    ScoreFields,
     SetSources,
+    last_user_turn,
     logprobs_in,
     pairs_in,
-    question_of,
     scores_in,
     text_of_turn,
 )
@@ -94,12 +94,12 @@ class _Reader:
         """Read one shard of rollouts with the same shard of every scorer."""
         scores = [scores_in(artifact, shard.name) for artifact in self.sources.scores.values()]
         logprobs = logprobs_in(self.reference, shard.name) if self.reference else {}
-        for row in read_jsonl(shard, ReadRow):
+        for row in read_jsonl(shard, RolloutFields):
             self._add(row, [column.get(row.prompt_id, {}) for column in scores])
             if logprobs:
                 self._compare(row, logprobs)
 
-    def _add(self, row: ReadRow, scores: list[dict[int, ReadScore]]) -> None:
+    def _add(self, row: RolloutFields, scores: list[dict[int, ScoreFields]]) -> None:
         lengths = [len(answer.response_ids) for answer in row.completions]
         cut = sum(answer.finish_reason == "length" for answer in row.completions)
         self.prompts += 1
@@ -141,7 +141,7 @@ class _Reader:
         columns.samples.append(len(lengths))
         columns.truncated.append(cut)
         if row.prompt_id not in self.excerpts:
-            self.excerpts[row.prompt_id] = [question_of(row)[:EXCERPT_CHARACTERS], row.tags]
+            self.excerpts[row.prompt_id] = [last_user_turn(row)[:EXCERPT_CHARACTERS], row.tags]
         self._add_to_chunk(row, scores, pairs)
 
     def _correlate(self, scored: list[tuple[float, float]]) -> None:
@@ -156,14 +156,14 @@ class _Reader:
             for length, score in scored:
                 self.within.add(length - middle[0], score - middle[1])
 
-    def _compare(self, row: ReadRow, logprobs: dict[tuple[str, int], list[float]]) -> None:
+    def _compare(self, row: RolloutFields, logprobs: dict[tuple[str, int], list[float]]) -> None:
         for answer in row.completions:
             reference = logprobs.get((row.prompt_id, answer.sample))
             if reference and len(reference) == len(answer.logprobs):
                 self.gap += math.fsum(abs(a - b) for a, b in zip(answer.logprobs, reference, strict=True))
                 self.gap_tokens += len(reference)
 
-    def _add_to_chunk(self, row: ReadRow, scores: list[dict[int, ReadScore]], pairs: list[ReadPair]) -> None:
+    def _add_to_chunk(self, row: RolloutFields, scores: list[dict[int, ScoreFields]], pairs: list[PairFields]) -> None:
         """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; details end an answer."""
         answers = [
             [
@@ -247,7 +247,7 @@ class _Reader:
         return found, self.chunks
 
 
-def _score_details(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> list[list[list[Any] | None]]:
+def _score_details(answer: CompletionFields, scores: list[dict[int, ScoreFields]]) -> list[list[list[Any] | None]]:
     """The parts and extras of an answer's scores: one list with [parts, extras] or null for each scorer; an empty list
     if no scorer has any."""
     found = [column.get(answer.sample) for column in scores]
@@ -263,13 +263,13 @@ def _score_details(answer: ReadAnswer, scores: list[dict[int, ReadScore]]) -> li
     ]
 
 
-def _largest(sources: SetSources, row: ReadRow, pair: ReadPair) -> LargestMargin:
+def _largest(sources: SetSources, row: RolloutFields, pair: PairFields) -> LargestMargin:
     texts = {answer.sample: answer.text[:MAX_CHARACTERS] for answer in row.completions}
     return LargestMargin(
         stage=sources.name,
         iteration=sources.iteration,
         prompt_id=row.prompt_id,
-        prompt=question_of(row)[:MAX_CHARACTERS],
+        prompt=last_user_turn(row)[:MAX_CHARACTERS],
         chosen=texts.get(pair.chosen_sample, ""),
         rejected=texts.get(pair.rejected_sample, ""),
         chosen_score=pair.chosen_score,

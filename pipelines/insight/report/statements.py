@@ -143,7 +143,7 @@ def _lag(report: RunReport) -> list[str]:
 def dropped_statement(report: RunReport) -> Statement:
     """The rows that stages have dropped, without intended drops."""
     found = Statement(topic="dropped", question="What was dropped?", answer="")
-    lines = [line for line in report.ledgers if _unintended(line)]
+    lines = [line for line in report.ledgers if _unintended_drops(line)]
     if not report.ledgers:
         found.answer, found.tone = "Not known: nothing is published yet.", "unclear"
         return found
@@ -161,18 +161,18 @@ def dropped_statement(report: RunReport) -> Statement:
 
 
 def _share(line: LedgerLine) -> float:
-    return sum(_unintended(line).values()) / line.rows_in if line.rows_in else 0.0
+    return sum(_unintended_drops(line).values()) / line.rows_in if line.rows_in else 0.0
 
 
-def _unintended(line: LedgerLine) -> dict[str, int]:
+def _unintended_drops(line: LedgerLine) -> dict[str, int]:
     """A stage's dropped rows by reason, without those of intended reasons."""
     return {reason: count for reason, count in line.dropped.items() if reason not in INTENDED_REASONS}
 
 
 def _dropped_sentence(line: LedgerLine) -> str:
-    reasons = sorted(_unintended(line).items(), key=lambda item: -item[1])
+    reasons = sorted(_unintended_drops(line).items(), key=lambda item: -item[1])
     by_reason = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in reasons)
-    lost = f"{sum(_unintended(line).values())} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
+    lost = f"{sum(_unintended_drops(line).values())} of {line.rows_in} {line.unit} ({100 * _share(line):.2g} %)"
     return f"{line.stage}: {lost}, by reason: {by_reason}"
 
 

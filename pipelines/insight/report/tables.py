@@ -48,14 +48,14 @@ def evaluation_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     return ["iteration", *names.values()], rows
 
 
-def own_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
+def own_evaluations_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of the user's own evaluations by iteration."""
     names = dict.fromkeys(name for row in report.own_evaluations for name in row)
     rows = [[rounded(row.get(name)) for name in names] for row in report.own_evaluations]
     return list(names), rows
 
 
-def paid_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
+def judge_costs_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of the costs of judges, in the currency of their prices."""
     rows = [
         [
@@ -71,7 +71,7 @@ def paid_table(report: RunReport) -> tuple[list[str], list[list[str]]]:
     return ["judge", "stages", "answers", "tokens of questions", "tokens of answers", "cost"], rows
 
 
-def now(report: RunReport) -> list[str]:
+def running_stages(report: RunReport) -> list[str]:
     """The running stages with their progress; empty unless the run is in progress."""
     if report.state not in ("running", "under way"):
         return []

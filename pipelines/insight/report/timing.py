@@ -117,7 +117,7 @@ def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
     )
 
 
-def note_waits(rows: Iterable[StageRow], needs: Mapping[str, Iterable[str]], events: Iterable[Event]) -> None:
+def set_held_times(rows: Iterable[StageRow], needs: Mapping[str, Iterable[str]], events: Iterable[Event]) -> None:
     """Set `held` of each stage: for how long its inputs were complete before it started, since its devices were taken.
 
     Args:

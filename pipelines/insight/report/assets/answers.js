@@ -28,7 +28,7 @@ async function showGroup(place, samples, set, at, marked) {
       `prompt ${group.prompt}`,
       tags.map((tag) => el("span", { class: "tag" }, visible(tag))),
     ),
-    ...reasons(set, group),
+    ...pairReasons(set, group),
     ...ranked.map((answer) => card(samples, set, at, group, answer, answer.sample === marked)),
     ...(older ? [older] : []),
   );
@@ -48,7 +48,7 @@ function conversation(group) {
 }
 
 /** Sentences on which answers became pairs, and why. */
-function reasons(set, group) {
+function pairReasons(set, group) {
   if (!set.pairs) return [];
   if (!group.pairs.length) {
     const scores = group.answers.map((answer) => answer.scores[0]).filter((score) => score !== null);
@@ -67,7 +67,7 @@ function reasons(set, group) {
       el(
         "p",
         { class: "why" },
-        `${rankOf(group, pair.chosen, name)} was chosen over ${lowered(rankOf(group, pair.rejected, name))}: margin ${number(pair.margin)}, strategy ${set.pairs.strategy}.`,
+        `${rankOf(group, pair.chosen, name)} was chosen over ${lowerFirst(rankOf(group, pair.rejected, name))}: margin ${number(pair.margin)}, strategy ${set.pairs.strategy}.`,
       ),
     )
     .concat(rest);
@@ -87,7 +87,7 @@ function rankOf(group, sample, name) {
   return `Answer ${sample} (${name} ${number(score)}, ${rank} of ${scores.length})`;
 }
 
-function lowered(text) {
+function lowerFirst(text) {
   return text[0].toLowerCase() + text.slice(1);
 }
 
@@ -204,7 +204,7 @@ async function history(samples, set, group) {
       ...found.map(([other, otherGroup]) => {
         if (otherGroup === null)
           return el("p", { class: "note" }, `${titleOf(other)}: the texts are missing next to this page.`);
-        const answer = picked(otherGroup, pick.value);
+        const answer = pickAnswer(otherGroup, pick.value);
         const shown = before === null ? textOf(answer.text, "div") : difference(before, answer.text);
         before = answer.text;
         const mean = other.columns.mean[other.place.get(group.prompt)];
@@ -243,7 +243,7 @@ async function history(samples, set, group) {
   );
 }
 
-function picked(group, which) {
+function pickAnswer(group, which) {
   const scored = group.answers.filter((answer) => answer.scores[0] !== null && answer.scores[0] !== undefined);
   if (which === "first" || !scored.length) return group.answers[0];
   return scored.reduce((best, answer) =>

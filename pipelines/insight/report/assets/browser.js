@@ -213,8 +213,8 @@ class Browser {
   follow() {
     const wanted = location.hash.match(/^#sample=([^;]*);([^;]*)(?:;(\d+))?$/);
     if (!wanted) return;
-    const set = this.samples.byName.get(decoded(wanted[1]));
-    const at = set?.place.get(decoded(wanted[2]));
+    const set = this.samples.byName.get(decodeOrNull(wanted[1]));
+    const at = set?.place.get(decodeOrNull(wanted[2]));
     if (at === undefined) {
       this.detail.replaceChildren(
         el("p", { class: "note" }, "This report does not have the sample in the address."),
@@ -235,7 +235,7 @@ class Browser {
   }
 
   /** Links to notable samples: [{id, title, target}]. */
-  looks() {
+  notable() {
     const last = Math.max(...this.samples.sets.map((set) => set.iteration ?? -1));
     const held = (set) => set.role === "heldout/generation" && set.iteration === last;
     const trained = (set) => set.iteration !== null && set.pairs;
@@ -276,7 +276,7 @@ function negative(value) {
   return value === null ? null : -value;
 }
 
-function decoded(text) {
+function decodeOrNull(text) {
   try {
     return decodeURIComponent(text);
   } catch {

@@ -112,11 +112,11 @@ function drawCurves(place, data) {
   const cut = (set) => (set.samples ? (100 * set.truncated) / set.samples : null);
   perIteration("Answers to training prompts cut off", "%", "generation", [["cut off", cut, "--orange"]], {
     note: "by the token limit",
-    yRange: fromNothing,
+    yRange: fromZero,
   });
   perIteration("Answers to held-out prompts cut off", "%", "heldout/generation", [["cut off", cut, "--orange"]], {
     note: "by the token limit",
-    yRange: fromNothing,
+    yRange: fromZero,
   });
   perIteration("Engine against trainer", "nats a token", "generation", [["mean difference", (set) => set.gap]], {
     note: "of log-probabilities under the same weights",

@@ -30,14 +30,14 @@ async function draw() {
   const samples = new Samples(data);
   if (browser) browser.renew(samples);
   else browser = new Browser(place, samples);
-  drawLooks();
+  drawNotable();
   await browser.refresh();
   return data;
 }
 
 /** Draw the buttons that lead to notable samples. */
-function drawLooks() {
-  const buttons = browser.looks().map(({ id, title, target }) =>
+function drawNotable() {
+  const buttons = browser.notable().map(({ id, title, target }) =>
     el(
       "button",
       {

@@ -119,7 +119,7 @@ function padded(low, high, share = 0) {
   return [low - room, high + room];
 }
 
-function fromNothing(_, low, high) {
+function fromZero(_, low, high) {
   return [0, Math.max(high || 0, 1) * 1.1];
 }
 

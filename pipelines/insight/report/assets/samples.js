@@ -1,11 +1,11 @@
 "use strict";
 // Loads samples: an index of all prompts at once, their texts in chunks, from the page or from files next to it.
 
-const waiting = new Map();
+const pendingChunks = new Map();
 
 /** Called by the scripts next to the page, each of which holds a chunk. */
 function ratchetChunk(name, content) {
-  waiting.get(name)?.(content);
+  pendingChunks.get(name)?.(content);
 }
 
 class Samples {
@@ -77,9 +77,9 @@ class Samples {
     if (folder === null) return Promise.reject(new Error("these texts are not in this page"));
     return new Promise((resolve, reject) => {
       const missing = () => reject(new Error(`${folder}/${name}.js is missing next to this page: copy the folder as well`));
-      waiting.set(name, resolve);
+      pendingChunks.set(name, resolve);
       document.head.append(el("script", { src: `${folder}/${name}.js`, onerror: missing }));
-    }).finally(() => waiting.delete(name));
+    }).finally(() => pendingChunks.delete(name));
   }
 
   /** A prompt with its answers: {prompt, messages, answer, answers, pairs}. */
