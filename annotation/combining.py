@@ -6,7 +6,7 @@ import statistics
 
 from annotation.samples import Sample
 from annotation.scorers.base import Opening
-from annotation.scorers.combined import CombinedConfig
+from annotation.scorers.combined import CombinedConfig, missing_reason, part_name
 from annotation.scorers.expression import Expression
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
@@ -53,9 +53,7 @@ class Combined:
                 continue
             place, value = next(values)
             if math.isfinite(value):
-                found.append(
-                    sample.scored(value, parts={_part_name(name): row[name] for name in self.expression.names})
-                )
+                found.append(sample.scored(value, parts={part_name(name): row[name] for name in self.expression.names}))
                 continue
             why = self.expression.why_not(columns, self.standards, place)
             text = f"scorer {self.name!r}, expression {self.expression.text!r}: for {sample}, {why}."
@@ -72,14 +70,9 @@ class Combined:
             score = scores[name].get(completion.sample)
             value = None if score is None else score.score if part is None else (score.parts or {}).get(part)
             if value is None:
-                return f"no_{_part_name(written)}"
+                return missing_reason(written)
             row[written] = value
         return row
-
-
-def _part_name(written: str) -> str:
-    """The part name for a name in the expression: helpful_clear for helpful.clear."""
-    return written.replace(".", "_")
 
 
 def _mean_and_spread(config: CombinedConfig, name: str) -> tuple[float, float]:

@@ -40,7 +40,15 @@ class EvaluationConfig(StageConfig):
         if "reward" not in self.scores:
             raise ValueError(f"scores must hold `reward`, found {', '.join(sorted(self.scores)) or 'none'}.")
         if missing := [name for name in self.ensemble if name not in self.scores]:
-            raise ValueError(f"ensemble names {missing[0]!r}, but scores holds only {', '.join(sorted(self.scores))}.")
+            raise ValueError(
+                f"ensemble names {missing[0]!r}, but scores holds only {', '.join(sorted(self.scores))}. Set "
+                f"scores.{missing[0]}=SCORES, or take it out of ensemble."
+            )
+        if len(self.ensemble) == 1:
+            raise ValueError(
+                f"ensemble names {self.ensemble[0]!r} alone, which cannot disagree with itself. Name two scorers or more, "
+                "or leave it out."
+            )
         for name in self.scores:
             if name in ("reference", "gold_reward") or not name.isidentifier():
                 raise ValueError(

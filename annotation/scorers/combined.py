@@ -14,6 +14,16 @@ from contracts.joining import require_made_from
 from contracts.records import SCORES
 
 
+def part_name(written: str) -> str:
+    """A name in an expression as the name of a part of the score: helpful.clear becomes helpful_clear."""
+    return written.replace(".", "_")
+
+
+def missing_reason(written: str) -> str:
+    """The reason in the drop ledger for samples that have no value for a name in the expression."""
+    return f"no_{part_name(written)}"
+
+
 class CombinedSettings(RewardScorerSettings):
     """Settings of a combined score."""
 
@@ -74,6 +84,17 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
         if self.pairs is not None:
             raise ValueError("kind=combined scores all answers, not only those in pairs: leave pairs out.")
         return self
+
+    def fixes(self, unread: str) -> dict[str, str]:
+        """Advice by reason: which scorer has not scored the samples, and where its own reasons are."""
+        found = super().fixes(unread)
+        for written, (name, part) in Expression(self.expression).names.items():
+            what = "score" if part is None else f"part {part!r}"
+            found[missing_reason(written)] = (
+                f"Scorer {name!r} has no {what} for these; the ledger in {self.scores[name]} counts why. Fix that "
+                f"scorer{'' if part is None else ' to return the part every time'},"
+            )
+        return found
 
     def facts_of(self, rollouts: Artifact) -> dict[str, Any]:
         """Check the scores that the expression reads; adds no facts.

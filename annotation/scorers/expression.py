@@ -33,12 +33,24 @@ def _divided(one: float, other: float) -> float:
 
 def _finite(function: Callable[..., float]) -> Callable[..., float]:
     def computed(*values: float) -> float:
+        if any(map(math.isnan, values)):
+            return math.nan
         try:
             return float(function(*values))
         except (OverflowError, ValueError):
             return math.nan
 
     return computed
+
+
+def _all(*values: float) -> float:
+    """1 or 0 like Python's `and`: what stands behind the first false value does not matter."""
+    return next((math.nan if math.isnan(value) else 0.0 for value in values if not value > 0), 1.0)
+
+
+def _any(*values: float) -> float:
+    """1 or 0 like Python's `or`: what stands behind the first true value does not matter."""
+    return next((math.nan if math.isnan(value) else 1.0 for value in values if not value <= 0), 0.0)
 
 
 OPERATIONS: dict[type, Callable[..., float]] = {
@@ -49,8 +61,8 @@ OPERATIONS: dict[type, Callable[..., float]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: lambda value: float(not value > 0),
-    ast.And: lambda *values: float(all(value > 0 for value in values)),
-    ast.Or: lambda *values: float(any(value > 0 for value in values)),
+    ast.And: _all,
+    ast.Or: _any,
     ast.Lt: lambda one, other: float(one < other),
     ast.LtE: lambda one, other: float(one <= other),
     ast.Gt: lambda one, other: float(one > other),
@@ -62,6 +74,8 @@ OPERATIONS: dict[type, Callable[..., float]] = {
 
 def lower_bound(deviations: float, *values: float) -> float:
     """The mean of an ensemble minus `deviations` standard deviations (n in the denominator), a conservative score."""
+    if not all(map(math.isfinite, values)):  # statistics.pstdev raises AttributeError
+        return math.nan
     return statistics.fmean(values) - deviations * statistics.pstdev(values)
 
 
@@ -114,6 +128,12 @@ def rank(values: Column) -> Column:
         return [0.5] * len(values)
     lower = [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
     return [count / (len(values) - 1) for count in lower]
+
+
+def _among_finite(function: Callable[[Column], Column], values: Column) -> Column:
+    """Apply `function` to the finite values alone; the others, whose answers get no score, become nan."""
+    found = iter(function(finite) if (finite := [value for value in values if math.isfinite(value)]) else [])
+    return [next(found) if math.isfinite(value) else math.nan for value in values]
 
 
 GROUP_FUNCTIONS: dict[str, Callable[[Column], Column]] = {"zscore": zscore, "rank": rank}
@@ -275,7 +295,7 @@ class Expression:
         def innermost(node: ast.expr) -> ast.expr:
             match node:
                 case ast.IfExp(test=test, body=body, orelse=other):
-                    inner = [body if value(test) > 0 else other]
+                    inner = [test, body if value(test) > 0 else other]
                 case ast.Call(args=given):
                     inner = given
                 case _:
@@ -301,23 +321,25 @@ class Expression:
             case ast.BinOp(left=left, op=operation, right=right):
                 return list(map(_finite(OPERATIONS[type(operation)]), of(left), of(right)))
             case ast.UnaryOp(op=sign, operand=operand):
-                return list(map(OPERATIONS[type(sign)], of(operand)))
+                return list(map(_finite(OPERATIONS[type(sign)]), of(operand)))
             case ast.BoolOp(op=joined, values=operands):
                 return list(map(OPERATIONS[type(joined)], *map(of, operands)))
             case ast.IfExp(test=test, body=body, orelse=other):
                 chosen = zip(of(test), of(body), of(other), strict=True)
-                return [yes if condition > 0 else no for condition, yes, no in chosen]
+                return [
+                    math.nan if math.isnan(condition) else yes if condition > 0 else no for condition, yes, no in chosen
+                ]
             case ast.Compare(left=left, ops=operations, comparators=others):
                 sides = [of(side) for side in (left, *others)]
                 holds = [
-                    list(map(OPERATIONS[type(one)], sides[place], sides[place + 1]))
+                    list(map(_finite(OPERATIONS[type(one)]), sides[place], sides[place + 1]))
                     for place, one in enumerate(operations)
                 ]
-                return list(map(min, *holds)) if len(holds) > 1 else holds[0]
+                return list(map(_finite(min), *holds)) if len(holds) > 1 else holds[0]
             case ast.Call(func=ast.Name(id=name), args=given):
                 values = [of(one) for one in given]
                 if name in GROUP_FUNCTIONS:
-                    return GROUP_FUNCTIONS[name](values[0]) if values[0] else []
+                    return _among_finite(GROUP_FUNCTIONS[name], values[0])
                 if name == STANDARD:
                     mean, spread = standards[ast.unparse(given[0])]
                     return [_divided(value - mean, spread) for value in values[0]]

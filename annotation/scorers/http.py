@@ -43,10 +43,14 @@ class HttpSettings(RemoteSettings, RewardScorerSettings):
     @model_validator(mode="after")
     def _check_protocol(self) -> Self:
         if (self.protocol == "openrlhf") != (self.tokenizer is not None):
-            raise ValueError(
-                "protocol=openrlhf sends texts with the special tokens, and only it needs tokenizer=DIRECTORY (the "
-                "policy's)."
+            what = (
+                "protocol=openrlhf sends the texts of the policy's tokens, and no tokenizer is set. Set "
+                "tokenizer=DIRECTORY of the policy."
+                if self.tokenizer is None
+                else f"tokenizer={self.tokenizer} is for protocol=openrlhf alone, and protocol is {self.protocol}. "
+                "Leave it out, or set protocol=openrlhf."
             )
+            raise ValueError(what)
         return self
 
     @property

@@ -68,6 +68,34 @@ def test_what_cannot_be_computed_is_no_number(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "max(a, a / b)", "min(1, a / b)", "lower_bound(1, a / b, a)", "not a / b", "a if a / b else b", "a / b > 1",
+        "0 < a / b < 1", "a / b or a", "a / b and a", "b or a / b", "a > 0 and a / b",
+        "lower_bound(1, a * 1e308 * 10, a)",
+    ],
+)  # fmt: skip
+def test_what_is_computed_with_no_number_is_none_either(text: str) -> None:
+    """Also where Python's `max` or a comparison would take it for one."""
+    assert math.isnan(computed(text, a=3.0, b=0.0)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("b > 0 and a / b > 1", 0), ("b == 0 or a / b > 1", 1), ("a / b if b > 0 else 7", 7)]
+)
+def test_what_a_condition_rules_out_is_not_missed(text: str, value: float) -> None:
+    assert computed(text, a=3.0, b=0.0) == [value]
+
+
+def test_an_answer_without_a_number_has_no_part_in_a_comparison() -> None:
+    columns = {"a": [1.0, 2.0, 3.0], "b": [0.0, 1.0, 1.0]}
+    for text, rest in (("rank(a / b)", [0, 1]), ("zscore(a / b)", [-math.sqrt(0.5), math.sqrt(0.5)])):
+        first, *others = Expression(text).compute(columns, {})
+        assert math.isnan(first)
+        assert others == pytest.approx(rest)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a +", "not an expression"),
@@ -192,6 +220,10 @@ def test_the_stage_joins_and_computes(tmp_path: Path, rollouts: Artifact, parts:
             assert score.score == pytest.approx(count / 2 + (brief and count > 1) - 0.01 * len(one.response_ids) - cut)
             assert score.parts == {"words_half": count / 2, "brief": brief, "words": count}
     assert made.manifest.ledger.dropped == {"no_words_half": 1}
+    with pytest.raises(
+        UserError, match=r"Scorer 'words' has no part 'half' for these; the ledger in .*words counts why"
+    ):
+        scored(tmp_path, rollouts, "again", kind="combined", expression=text, scores=parts)
     assert made.manifest.facts["brief_mean"] == pytest.approx(5 / 7)
 
 

@@ -129,5 +129,8 @@ def test_the_uncertainty_of_a_reward_is_the_spread_of_its_ensemble(tmp_path, rol
               for name, by in (("reward", 0.5), ("one", 1.0), ("other", 3.0))}  # fmt: skip
     metrics, _ = evaluate(tmp_path / "e", rollouts, scores=scores, ensemble=["one", "other"])
     assert metrics["reward_uncertainty"] == pytest.approx((0 + 1 + 2 + 3) / 4)
+    for names, what in ((["one"], "ensemble names 'one' alone"), (["one", "x"], r"Set scores\.x=SCORES")):
+        with pytest.raises(ValueError, match=what):
+            evaluate(tmp_path / "wrong", rollouts, scores=scores, ensemble=names)
     assert Expression("2 * mean(one, standard(x), other) + tokens").ensemble == ["one", "other"]
     assert Expression("min(one, 1) + other").ensemble == []

@@ -173,8 +173,10 @@ def test_the_protocol_of_openrlhf(tmp_path: Path, answers: Artifact, tokenizer: 
     assert sent["labels"][0] == "great"
     first = next(found.rows(Score))
     assert (first.score, first.parts) == (12, {"dummy": 12})
-    with pytest.raises(UserError, match="only it needs tokenizer"):
+    with pytest.raises(UserError, match=r"protocol=openrlhf .*, and no tokenizer is set. Set tokenizer=DIRECTORY"):
         score(tmp_path, answers, server, protocol="openrlhf")
+    with pytest.raises(UserError, match=r"tokenizer=.* is for protocol=openrlhf alone, and protocol is ratchet"):
+        score(tmp_path, answers, server, tokenizer=tmp_path / "tokenizer")
 
 
 @pytest.mark.slow
