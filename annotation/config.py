@@ -46,8 +46,8 @@ class EvaluationConfig(StageConfig):
             )
         if len(self.ensemble) == 1:
             raise ValueError(
-                f"ensemble names {self.ensemble[0]!r} alone, which cannot disagree with itself. Name two scorers or more, "
-                "or leave it out."
+                f"ensemble names {self.ensemble[0]!r} alone, which cannot disagree with itself. Name two scorers or "
+                "more, or leave it out."
             )
         for name in self.scores:
             if name in ("reference", "gold_reward") or not name.isidentifier():
