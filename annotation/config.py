@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import model_validator
 
 from contracts.callables import source_files
-from contracts.config import PlaceText, Section, StageConfig, identity, input_path, runtime
+from contracts.config import PathText, Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
 
 
@@ -109,7 +109,7 @@ class RlhflowScoresConfig(StageConfig):
 class CheckpointEvaluationSettings(Section):
     """Settings of your own evaluation."""
 
-    function: PlaceText = identity()
+    function: PathText = identity()
     """file.py:function or package.module:function, called as function(checkpoint, output, **settings): directories of
     the model and for its files, both paths. It returns its metrics, numbers by name."""
     settings: dict[str, Any] = identity({})

@@ -1,1 +1,4 @@
-"""What passes between stages: records, manifests, the artifact store. Imports neither torch nor vLLM."""
+"""The data that passes between stages, and how it is published: records, artifacts, configs, stage keys.
+
+Imports neither torch nor vLLM when it is loaded.
+"""

@@ -185,7 +185,7 @@ def input_digest(source: Path | str) -> str:
     try:
         return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
     except FileNotFoundError as error:
-        raise UserError(f"input {path} changed while it was read: {error.filename} went away. Try again.") from error
+        raise UserError(f"input {path} changed while it was read: {error.filename} was removed. Try again.") from error
 
 
 def input_damage(source: Path) -> list[str]:

@@ -105,7 +105,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
-        return _at_home(value)
+        return _expand_paths(value)
 
     @classmethod
     def variants(cls) -> "Mapping[str, type[Section]]":
@@ -130,24 +130,24 @@ class Section(BaseModel):
         return bool(_declared(field).get("later") and value == field.default)
 
 
-def _at_home(value: Any) -> Any:
-    """The same with the user's home directory in place of the ~ at the beginning of each path."""
+def _expand_paths(value: Any) -> Any:
+    """Expand the ~ at the beginning of each path in a nested value to the user's home directory."""
     if isinstance(value, Path):
-        return Path(at_home(str(value)))
+        return Path(expand_home(str(value)))
     if isinstance(value, list):
-        return [_at_home(item) for item in value]
+        return [_expand_paths(item) for item in value]
     if isinstance(value, dict):
-        return {key: _at_home(item) for key, item in value.items()}
+        return {key: _expand_paths(item) for key, item in value.items()}
     return value
 
 
-def at_home(text: str) -> str:
-    """A path with the user's home directory in place of a ~ at its beginning, also in `~/file.py:function`."""
+def expand_home(text: str) -> str:
+    """Expand a ~ at the beginning of a path, or of `~/file.py:function`, to the user's home directory."""
     return os.path.expanduser(text) if text.startswith("~") else text
 
 
-PlaceText: TypeAlias = Annotated[str, AfterValidator(at_home)]
-"""A text that may be a path: of a directory, or of a file with a function in it."""
+PathText: TypeAlias = Annotated[str, AfterValidator(expand_home)]
+"""The type of a text that may be the path of a directory, or of a file with a function (`file.py:function`)."""
 
 
 def _plain(value: Any, role: Role) -> Any:
@@ -246,7 +246,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} is no regular file; name a YAML file.")
     try:
         if (size := path.stat().st_size) > yaml_text.MOST_BYTES:
-            raise UserError(f"config file {path} has {size} bytes, which no configuration has. Name a YAML file.")
+            raise UserError(f"config file {path} has {size} bytes, too many for a configuration. Name a YAML file.")
         data = yaml_text.load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist.") from error
@@ -366,7 +366,7 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
 
 
 def _meaning(model: type[BaseModel], location: Sequence[Any], place: str) -> str:
-    """A sentence with what a key has to be set to, by the first sentence of its documentation."""
+    """The advice to set a missing key, with the first sentence of its documentation; empty if it has none."""
     found: list[Any] = [model]
     for part in location[:-1]:
         found, _ = _step(found, part)
@@ -377,7 +377,7 @@ def _meaning(model: type[BaseModel], location: Sequence[Any], place: str) -> str
 
 
 def _explain_null(model: type[BaseModel], problem: Any, place: str) -> str:
-    """A mistake in words where the value is null, as of `prompts.heldout=null` on the command line."""
+    """Explain the error for a value of null, as in `prompts.heldout=null` on the command line."""
     field = fields_at(model, problem["loc"][:-1]).get(problem["loc"][-1])
     needed = field is None or field.is_required()
     if keys := fields_at(model, problem["loc"]):

@@ -71,8 +71,8 @@ def weight_files(model: Path) -> list[Path]:
         raise UserError(f"{model} is not a model: it has no config.json. Give a directory written by save_pretrained.")
     if (model / RELEASED).is_file():
         raise UserError(
-            f"the weights of {model} were deleted by `pipeline gc`. Pin the run that it belongs to and have them made "
-            "again there with --force STAGE; or give another model."
+            f"the weights of {model} were deleted by `pipeline gc`. Pin the run that it belongs to and recompute them "
+            "there with --force STAGE; or give another model."
         )
     files = sorted(model.glob("*.safetensors"))
     if not files:

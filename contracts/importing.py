@@ -150,7 +150,8 @@ class PromptReader:
             return Imported(None, "", 0)
         if messages[-1].role == "system":
             raise UserError(
-                f"{place}, column {column!r}: the conversation ends with a system message; nobody asks anything."
+                f"{place}, column {column!r}: the conversation ends with a system message, so there is nothing to "
+                "answer."
             )
         choices: dict[str, str] = {}
         if column in TEXTS or "input" in self.layout.named or "choices" in self.layout.named:
@@ -168,7 +169,7 @@ class PromptReader:
         except UnicodeEncodeError as error:
             raise surrogate_error(place, error) from error
         except ValueError as error:
-            raise UserError(f"{place}: a tool or its call holds what JSON cannot say: {error}.") from error
+            raise UserError(f"{place}: a tool or a tool call cannot be written as JSON: {error}.") from error
         return Imported(prompt, content, removed)
 
     def require_named(self, source: str) -> None:
@@ -179,8 +180,8 @@ class PromptReader:
         self.layout.require_named(source)
         if self.answer_after is not None and self.layout.rows and not self.answered:
             raise UserError(
-                f"{source}: no row has an answer, of which answer_after={self.answer_after!r} takes what follows. Set "
-                "answer_column to the one that holds it, or leave answer_after out."
+                f"{source}: no row has an answer, so answer_after={self.answer_after!r} does not apply. Set "
+                "answer_column to the column of the answers, or leave answer_after out."
             )
 
     def _answer(self, row: SourceRow, choices: dict[str, str]) -> str | None:

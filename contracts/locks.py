@@ -31,9 +31,10 @@ def take_lock(file: IO[Any], operation: int) -> None:
     except OSError as error:
         if error.errno in NO_LOCKS:
             raise UserError(
-                f"the file system of {Path(file.name).parent} has no file locks ({os.strerror(error.errno)}), by which "
-                "processes keep out of each other's way. Mount it with locks that hold on all machines (NFS 4, Lustre "
-                "with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another file system."
+                f"the file system of {Path(file.name).parent} has no file locks ({os.strerror(error.errno)}), without "
+                "which processes could overwrite each other's files. Mount it with locks that hold on all machines "
+                "(NFS 4, Lustre with -o flock, BeeGFS with tuneUseGlobalFileLocks=true), or choose a path on another "
+                "file system."
             ) from error
         raise
 
@@ -91,7 +92,8 @@ class DirectoryLock:
             self._failures += 1
             if self._failures > MOST_FAILURES:
                 raise UserError(
-                    f"{self.target} cannot be made: {self.directory.parent} takes no directories. Choose another path."
+                    f"{self.target} cannot be created: no directory can be created in {self.directory.parent}. Choose "
+                    "another path."
                 ) from error
             raise
 

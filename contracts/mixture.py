@@ -128,6 +128,6 @@ def too_few_prompts(name: str, there: int, count: int, wanted: int) -> str:
     """The message for a source that has fewer prompts than an iteration of `count` prompts takes from it."""
     return (
         f"source {name} has {there} prompts, but its share of count={count} is {wanted}, and no prompt is answered "
-        "twice in one iteration. Lower its weight or the count (in a run: prompts.per_iteration), or take more prompts "
-        "in."
+        "twice in one iteration. Lower its weight or the count (in a run: prompts.per_iteration), or add more "
+        "prompts."
     )

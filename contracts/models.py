@@ -125,7 +125,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         """Raise UserError unless this is a reward model with a single output."""
         if self.labels != 1 or self.classifies_tokens:
             found = "no classifier" if self.labels is None else f"{self.labels} labels"
-            found += " for each token (kind=process_reward reads such)" if self.classifies_tokens else ""
+            found += " for each token (for which there is kind=process_reward)" if self.classifies_tokens else ""
             raise UserError(
                 f"reward model {self.path} is a {self.architecture} with {found}; a Bradley-Terry reward model is a "
                 "…ForSequenceClassification with exactly one (num_labels=1)."

@@ -117,7 +117,7 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"({place.filename}, line {place.lineno})"
-        found.append(Finding("error", f"this check failed itself: {type(error).__name__}: {error} {where}."))
+        found.append(Finding("error", f"this check itself failed: {type(error).__name__}: {error} {where}."))
     return found
 
 

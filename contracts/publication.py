@@ -150,7 +150,7 @@ class Publication:
             (self.directory / name).unlink(missing_ok=True)
         if dropped:
             names = ", ".join(dropped[:NAMED]) + (", ..." if len(dropped) > NAMED else "")
-            print(f"{len(dropped)} shards were made from other input than there is now, and are made again: {names}")
+            print(f"{len(dropped)} shards were computed from a different input, and are recomputed: {names}")
         return dropped
 
     def _intact(self, receipt: Receipt) -> bool:

@@ -84,7 +84,7 @@ def hold(
         except UserError:
             raise
         except Exception:
-            print(f"the {name} could not be {how or 'updated'} and is loaded anew:", file=sys.stderr)
+            print(f"the {name} could not be {how or 'updated'} and is loaded again:", file=sys.stderr)
             traceback.print_exc()
     if found is not None:
         found.close(found.value)

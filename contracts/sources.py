@@ -98,7 +98,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing, so {path.parent} is no whole save_to_disk directory. {AGAIN}") from error
+        raise UserError(
+            f"{path} is missing, so the save_to_disk directory {path.parent} is incomplete. {AGAIN}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} {DAMAGED}: not valid JSON ({error}). {AGAIN}") from error
     if not isinstance(found, dict):

@@ -305,7 +305,7 @@ class InputCheck:
         if self._problems:
             raise UserError(
                 f"an input is damaged: {'; '.join(self._problems[:3])}. Delete the directory that holds it and run "
-                "the same command again, which makes it anew; `pipeline verify RUN` checks everything."
+                "the same command again, which recomputes it; `pipeline verify RUN` checks everything."
             )
 
 

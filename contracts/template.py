@@ -155,7 +155,7 @@ class ChatTemplate:
                 compiled[name] = environment.from_string(text)
             except TemplateSyntaxError as error:
                 raise UserError(
-                    f"the chat template of {self.path} is no template that can be read: {error.message} (line "
+                    f"the chat template of {self.path} cannot be parsed: {error.message} (line "
                     f"{error.lineno}). Fix it, or take that of the model's authors."
                 ) from error
         return compiled
@@ -173,9 +173,9 @@ class ChatTemplate:
         self._clock_read = True
         if self.date is None:
             raise UserError(
-                f"the chat template of {self.path} writes today's date, so the same prompts would be others tomorrow. "
-                "Give the day that it is to write: date=YYYY-MM-DD (part of the stage key; give the same to all stages "
-                "that render for this model), or, where the template reads a variable for it, chat_template_kwargs."
+                f"the chat template of {self.path} writes today's date, so the same prompts would differ tomorrow. "
+                "Set the date that it has to write: date=YYYY-MM-DD (part of the stage key; give the same to all "
+                "stages that render for this model), or, if the template reads a variable for it, chat_template_kwargs."
             )
         return datetime.datetime.fromisoformat(self.date).strftime(format)
 

@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             "or download it again."
         )
     if not found or max(tensor.end for tensor in found.values()) != size:
-        raise UserError(f"{file} is cut off or damaged: it is no whole safetensors file. {AGAIN}")
+        raise UserError(f"{file} is cut off or damaged: it is not a complete safetensors file. {AGAIN}")
     for tensor in found.values():
         wanted = math.prod(tensor.shape) * BYTES.get(tensor.dtype, 1)
         if tensor.end - tensor.start != wanted and not tensor.dtype.startswith(("F4", "F6")):  # parts of a byte
@@ -97,8 +97,8 @@ def stored_tensors(model: Path) -> dict[str, StoredTensor]:
     if not (model / INDEX).is_file():
         found = ", ".join(file.name for file in sorted(model.glob("*.safetensors"))[:3])
         raise UserError(
-            f"{model} has neither {WHOLE} nor {INDEX}, which says what is in {found}: no library would find its "
-            "weights. Download or save the whole model again."
+            f"{model} has neither {WHOLE} nor {INDEX}, which lists the content of {found}; without it no library can "
+            "load the weights. Download or save the whole model again."
         )
     names = _read_index(model / INDEX)
     files = sorted(set(names.values()))
@@ -112,8 +112,8 @@ def stored_tensors(model: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_header(model / file).items():
             if name in tensors:
                 raise UserError(
-                    f"{model} holds {name} twice, in {tensors[name].file.name} and in {file}, and nobody knows which "
-                    "is meant. Download or save the model again."
+                    f"{model} holds {name} twice, in {tensors[name].file.name} and in {file}, so it is ambiguous. "
+                    "Download or save the model again."
                 )
             tensors[name] = tensor
     for name, file in names.items():

@@ -33,7 +33,7 @@ KEYS = {f"{TAG}str", f"{TAG}int", f"{TAG}merge"}
 PLAIN_REASONS = {
     r".*'\\t'.*": "a tab. Indent with spaces",
     ".*found another document": "a second document begins (---). Keep one",
-    "maximum depth of data structure exceeded.*": f"more than {MOST_LEVELS} lists and sections in each other",
+    "maximum depth of data structure exceeded.*": f"more than {MOST_LEVELS} nested lists and sections",
     'found duplicate (?:merge )?key "(.*?)".*': r"the key '\1' occurs twice",
 }
 
@@ -58,7 +58,7 @@ def load(text: str) -> Any:
     try:
         return yaml.load(text)
     except ReaderError as error:
-        reason = f"the character U+{error.character:04X}, which no text has"
+        reason = f"the character U+{error.character:04X}, which YAML does not allow"
         raise YamlError(reason, text.count("\n", 0, error.position) + 1) from error
     except MarkedYAMLError as error:
         reason = str(error.problem or error.context)
@@ -85,7 +85,7 @@ def _check(node: Node, sizes: dict[Node, tuple[int, int] | None]) -> tuple[int, 
     """Count the values and levels of a node with its aliases expanded; refuse unsupported nodes and excessive sizes."""
     if node in sizes:
         if (known := sizes[node]) is None:
-            raise _problem("an alias (*) contains itself, inside of what it repeats. Write it out", node)
+            raise _problem("an alias (*) contains itself, as a part of what it repeats. Write it out", node)
         return known
     sizes[node] = None
     if node.tag in TEXT:
@@ -107,8 +107,8 @@ def _check(node: Node, sizes: dict[Node, tuple[int, int] | None]) -> tuple[int, 
     inner = [_check(part, sizes) for part in parts]
     values, levels = 1 + sum(part[0] for part in inner), 1 + max((part[1] for part in inner), default=0)
     if values > MOST_VALUES or levels > MOST_LEVELS:
-        found = f"{MOST_VALUES} values" if values > MOST_VALUES else f"{MOST_LEVELS} lists and sections in each other"
-        raise _problem(f"more than {found} once its aliases (*) are written out. Repeat less", node)
+        found = f"{MOST_VALUES} values" if values > MOST_VALUES else f"{MOST_LEVELS} nested lists and sections"
+        raise _problem(f"more than {found} once its aliases (*) are expanded. Repeat less", node)
     sizes[node] = values, levels
     return values, levels
 

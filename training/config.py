@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from contracts.config import PlaceText, Section, StageConfig, identity, input_path, runtime
+from contracts.config import PathText, Section, StageConfig, identity, input_path, runtime
 from contracts.template import ChatFields
 from training.parallel import ParallelConfig
 from training.registry import BUILT_IN, Description, Level, check_settings, describe
@@ -162,7 +162,7 @@ class RewardConfig(RewardSettings, TrainingConfig, ChatFields):
 class PolicySettings(TrainingSettings):
     """Settings of policy training."""
 
-    algorithm: PlaceText = identity("dpo")
+    algorithm: PathText = identity("dpo")
     """A name (dpo, ipo, simpo, kto, ppo, grpo, rloo, ...; docs/algorithms.md has all), your own file (mine.py), or
     package.module."""
     settings: dict[str, Any] = identity({})
@@ -368,7 +368,7 @@ class ExperienceConfig(ExperienceSettings, StageConfig):
     stage: ClassVar[str] = "experience"
     code_version: ClassVar[int] = 1
 
-    algorithm: PlaceText = identity()
+    algorithm: PathText = identity()
     """The same as for the policy's training: a name (ppo, grpo, rloo, ...), your own file (mine.py), or
     package.module."""
     settings: dict[str, Any] = identity({})

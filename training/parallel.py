@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from contracts.config import Section, at_home, runtime
+from contracts.config import Section, expand_home, runtime
 from contracts.errors import UserError
 from contracts.models import architecture_of
 from training.layout_files import read_layout
@@ -63,7 +63,7 @@ class ParallelConfig(Section):
     def _read_file(cls, value: Any) -> Any:
         """Replace the path of an accelerate or DeepSpeed file by the layout in it."""
         try:
-            return read_layout(Path(at_home(str(value)))) if isinstance(value, str | Path) else value
+            return read_layout(Path(expand_home(str(value)))) if isinstance(value, str | Path) else value
         except UserError as error:
             raise ValueError(str(error)) from error
 

@@ -9,14 +9,14 @@ from pydantic import field_validator, model_validator
 
 from annotation.pairing.strategies import STRATEGIES, Candidate, PairPrompt, Proposal, every_pair
 from contracts.callables import load_callable, source_files
-from contracts.config import PlaceText, Section, StageConfig, identity, input_path, runtime
+from contracts.config import PathText, Section, StageConfig, identity, input_path, runtime
 from contracts.errors import did_you_mean
 
 
 class PairsSettings(Section):
     """Settings of pair selection."""
 
-    strategy: PlaceText = identity("max_min")
+    strategy: PathText = identity("max_min")
     """max_min, max_random, max_max, all, top_k_bottom_k, length_matched, correct_against_wrong or uncertainty, see
     docs/pairs.md; or a function of your own, file.py:function or package.module:function, called once per prompt as
     function(candidates, prompt, **settings), which returns pairs of sample indices."""

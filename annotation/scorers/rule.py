@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from annotation.scorers.base import ScoreConfig, WorkerSettings
 from contracts.callables import source_files
-from contracts.config import PlaceText, identity, input_path, runtime
+from contracts.config import PathText, identity, input_path, runtime
 from contracts.declaration import load
 from contracts.preflight import Finding, Inspected
 
@@ -16,7 +16,7 @@ class RuleSettings(WorkerSettings):
 
     kind: Literal["rule"] = identity()
     """A Python function or class."""
-    function: PlaceText = identity()
+    function: PathText = identity()
     """package.module:function or file.py:function. A function is called once per completion with the keywords messages,
     response, finish_reason and answer, or, if it has the parameter `samples`, with a list of many; a class is
     instantiated once and called likewise. It returns a number, a mapping with `score` and further results, or None if

@@ -1,1 +1,1 @@
-"""The stages of this package, each declared once: see contracts/declaration.py."""
+"""Declarations of this package's stages; see contracts/declaration.py."""

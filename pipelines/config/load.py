@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from annotation.pairing.config import PairsSettings
-from contracts.config import apply_overrides, at_home, read_yaml, validate
+from contracts.config import apply_overrides, expand_home, read_yaml, validate
 from contracts.errors import UserError
 from generation.config import GenerationSettings
 from pipelines.config.changes import merge
@@ -59,7 +59,7 @@ def _with_placement(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(placement, str):
         return data
     if placement.endswith((".yaml", ".yml")):
-        return {**data, "placement": read_yaml(Path(at_home(placement)))}
+        return {**data, "placement": read_yaml(Path(expand_home(placement)))}
     return {**data, "placement": {"strategy": placement}}
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from annotation.pairing.config import PairsSettings
 from annotation.scorers import SETTINGS, AnyScorer
 from annotation.scorers.expression import OWN, cycle_in
-from contracts.config import PlaceText, Section, described_pattern, identity, runtime, validate
+from contracts.config import PathText, Section, described_pattern, identity, runtime, validate
 from contracts.nested import leaves
 from contracts.template import DATE, Day, Variables
 from embedded.config import WorldSettings
@@ -54,7 +54,7 @@ class RunConfig(Section):
     """Number of iterations, unless --iters sets it."""
     seed: int = identity(0, ge=0)
     """Every seed of the run is derived from this one."""
-    policy: PlaceText = identity()
+    policy: PathText = identity()
     """The policy to start from: a directory, hf:ORG/NAME[@REVISION], or world:model."""
     chat_template_kwargs: Variables = identity({})
     """Variables for the policy's chat template, for example {enable_thinking: false}, wherever it is rendered. Those

@@ -9,7 +9,7 @@ from annotation.config import CheckpointEvaluationSettings
 from annotation.data.mixing import PreferenceSettings
 from annotation.gating.config import GateSettings
 from annotation.pairing.config import PairsSettings
-from contracts.config import PlaceText, Section, described_pattern, identity, runtime
+from contracts.config import PathText, Section, described_pattern, identity, runtime
 from contracts.mixture import CurriculumSettings
 from contracts.prompts import PromptsSettings
 from generation.config import GenerationSettings
@@ -129,7 +129,7 @@ class RewardModelSection(Section):
 class CriticSection(CriticSettings):
     """Train a critic in parallel with the policy, for algorithms that need values."""
 
-    start: PlaceText | None = identity(None)
+    start: PathText | None = identity(None)
     """Initialization of the first critic: reward_model (the model of the scorer `reward`), policy (the initial policy
     with a zero-initialized head), or a directory or hf:ORG/NAME of a classifier with one label and the policy's
     tokenizer. By default the reward model if there is one, else the policy."""
@@ -239,7 +239,7 @@ class HubSection(Section):
 class HookSettings(Section):
     """The user's own function, called when something happens in the run. It cannot affect the run."""
 
-    function: PlaceText = runtime()
+    function: PathText = runtime()
     """file.py:function or package.module:function, called as function(happening, run, **settings): what happened, as
     plain data, and the run's directory. It runs in the driver's own Python."""
     kinds: list[Literal["run", "iteration", "stage", "step", "shard"]] = runtime(

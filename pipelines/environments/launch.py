@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, Self
 
 from pydantic import model_validator
 
-from contracts.config import PlaceText, Section, runtime
+from contracts.config import PathText, Section, runtime
 from contracts.entrypoint import USER_PATH, inherited_variables, is_launcher_variable, python_variables
 from contracts.errors import TransientError, UserError
 from pipelines.environments.locked import VARIANT, Locked, interpreter, require_known, resolve_variant
@@ -54,12 +54,12 @@ for scoring, whose temporaries have similar sizes; in training, holes between th
 class EnvironmentConfig(Section):
     """The environment of a kind of stage; empty: its locked one."""
 
-    python: PlaceText | None = runtime(None, min_length=1)
+    python: PathText | None = runtime(None, min_length=1)
     """Path of your own interpreter, or its name on PATH, which the prologue may set; in a container or conda
     environment the name of its interpreter."""
-    conda: PlaceText | None = runtime(None, min_length=1)
+    conda: PathText | None = runtime(None, min_length=1)
     """Name or prefix (a path) of a conda environment."""
-    container: PlaceText | None = runtime(None, min_length=1)
+    container: PathText | None = runtime(None, min_length=1)
     """Container image: a .sif file or docker://IMAGE for apptainer, an image name for docker or podman."""
     container_runtime: Literal["apptainer", "singularity", "docker", "podman"] | None = runtime(None)
     """Container runtime; by default the first of these that is on PATH."""

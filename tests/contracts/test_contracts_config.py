@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from contracts.config import (
-    PlaceText,
+    PathText,
     Role,
     Section,
     StageConfig,
@@ -149,7 +149,7 @@ class Homes(StageConfig):
     one: Path = input_path()
     several: list[Path] = input_path([])
     named: dict[str, Path] | None = input_path(None)
-    function: PlaceText = identity("")
+    function: PathText = identity("")
     text: str = identity("")
 
 

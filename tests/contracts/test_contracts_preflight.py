@@ -25,5 +25,5 @@ def test_a_defect_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> Non
         yield
 
     (finding,) = findings_of(check)
-    assert "failed itself: ZeroDivisionError: of ours" in finding.found
+    assert "this check itself failed: ZeroDivisionError: of ours" in finding.found
     assert "Traceback" in capsys.readouterr().err

@@ -322,7 +322,7 @@ def test_what_follows_a_mark_is_the_answer(tmp_path: Path) -> None:
     message = refused(source, tmp_path / "no", "answer_after='####'")
     assert f"{source}, line 3: the answer '5' does not hold answer_after='####'" in message
     none = write(tmp_path / "none.jsonl", [{"question": "q"}, {"question": "r", "answer": None}])
-    assert "no row has an answer, of which answer_after='####' takes" in refused(
+    assert "no row has an answer, so answer_after='####' does not apply" in refused(
         none, tmp_path / "no", "answer_after='####'"
     )
 

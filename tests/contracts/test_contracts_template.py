@@ -115,7 +115,7 @@ def test_variables_and_date_are_in_the_key_unless_they_are_left_at_their_default
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for %}", "no template that can be read"),
+        ("{% for %}", "cannot be parsed"),
         ("{{ messages[7].content.x }}", "refuses|UndefinedError|has no element"),
         ("{{ raise_exception('no role here') }}", "no role here"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),

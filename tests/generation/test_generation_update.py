@@ -248,7 +248,7 @@ def test_an_engine_that_fails_costs_a_start_and_a_damaged_checkpoint_is_refused(
     first.broken = True
     second, start = held("1")
     assert (start, first.closed, second is first) == ("loaded", True, False)
-    assert "the engine could not be kept and is loaded anew" in capsys.readouterr().err
+    assert "the engine could not be kept and is loaded again" in capsys.readouterr().err
     third, start = held("2")
     assert (start, second.closed, third is second) == ("loaded", True, False)
     assert "cannot be verified" in capsys.readouterr().err

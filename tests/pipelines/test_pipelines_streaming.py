@@ -259,9 +259,7 @@ def test_a_shard_that_was_made_from_other_rows_than_are_published_is_made_again(
     assert "another" in names
     assert {row.prompt_id for row in scores.rows(Score)} == names
     assert scores.manifest.inputs["rollouts"] == rollouts.manifest.digest
-    assert "1 shards were made from other input than there is now, and are made again: shard-00000" in scene.log(
-        "reward", 1
-    )
+    assert "1 shards were computed from a different input, and are recomputed: shard-00000" in scene.log("reward", 1)
 
 
 def resample(scene: Scene, prompt_id: str) -> None:

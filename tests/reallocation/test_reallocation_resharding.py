@@ -445,4 +445,4 @@ def test_a_damaged_rank_file_is_told_where_the_checkpoint_was_published(model: P
 def test_a_place_that_takes_no_directories(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says that it does not exist, like one that another process has deleted."""
     assert main(["reshard", str(model), "--to", "tp=2", "--output", "/proc/out"]) == 2
-    assert "/proc/out cannot be made: /proc takes no directories." in capsys.readouterr().err
+    assert "/proc/out cannot be created: no directory can be created in /proc." in capsys.readouterr().err
