@@ -74,7 +74,10 @@ def test_any_text_is_plain_data_or_refused(text: str) -> None:
         ("a: &a {b: {c: *a}}", "contains itself"),
         ("a: " + "[" * 5000, "more than 64 nested lists and sections"),
         ("a: " + "{a: " * 5000, "more than 64 nested lists and sections"),
-        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 500)), "64 nested lists and sections"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 500)),
+            "64 nested lists and sections",
+        ),
         ("a: *b", "undefined alias 'b'"),
         ("a: 1\nb: 2\na: 3", "line 3: not valid YAML: the key 'a' occurs twice"),
         ("3: x\n'3': y", "the key '3' occurs twice"),
