@@ -33,7 +33,7 @@ A loss returns a dict of metrics, `loss` among them. Each is this micro-batch's 
 step (`batch.mean` and the like), so that the shares of all micro-batches and data parallel ranks add up to the step's
 metric, however gradient accumulation and parallelism divide the step. A loss that depends on step-wide quantities (a
 batch mean inside a nonlinearity, other pairs) defines `statistics(batch, **settings)` of the same form, which runs over
-the whole step without gradients first; its summed metrics are in `batch.statistics`. They may be vectors made by
+the whole step without gradients first; its summed metrics are in `batch.statistics`. They may be vectors from
 `batch.gather`: one number for every pair or response of the step.
 
 Decisions made once per step, and state carried from step to step, belong in `update(step, **settings)`, which runs

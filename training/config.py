@@ -253,7 +253,7 @@ def require_whole_model(algorithm: str, needed: bool, parallel: ParallelConfig) 
     """
     if needed and (parallel.is_native or parallel.zero == 3):
         raise ValueError(
-            f"algorithm={algorithm} needs a reference model beside the policy, which every process holds whole; "
+            f"algorithm={algorithm} needs a reference model, for which every process must hold the whole policy, but "
             f"parallel ({parallel}) divides the policy. Set zero to at most 2, and tp, pp and sp to 1."
         )
 
@@ -268,18 +268,18 @@ def require_correctable(description: Description, settings: PolicySettings) -> N
         return
     name, level = description.algorithm, settings.correction.level
     if not description.corrections:
-        why = "it learns from answers of older policies as they are"
+        why = "it learns from answers of older policies without one"
         if not description.off_policy:
-            why = "its loss takes no advantages, which is what a correction weighs"
+            why = "its loss takes no advantages, which a correction weights"
         raise ValueError(f"correction is not for algorithm={name}: {why}. Leave it out.")
     if level not in description.corrections:
         raise ValueError(
-            f"correction.level is {level}, but algorithm={name} weighs whole answers and no single tokens. Set it to "
+            f"correction.level is {level}, but algorithm={name} weights whole answers, not tokens. Set it to "
             f"{' or '.join(description.corrections)}."
         )
     if cap := settings.settings.get("importance_cap"):
         raise ValueError(
-            f"settings.importance_cap is {cap!r} beside a correction: both weigh by the same ratio. Set "
+            f"settings.importance_cap is {cap!r} in addition to a correction: both are the same ratio. Set "
             "importance_cap=0, or leave correction out."
         )
 

@@ -80,7 +80,7 @@ def adapted_coefficient(config: ExperienceConfig, previous: Path) -> float:
     facts = Artifact.open(previous, EXPERIENCE).manifest.facts
     if facts.get("kl") is None or facts.get("kl_coefficient") is None:
         raise UserError(
-            f"previous={previous} has no KL divergence and coefficient to go on from. Give the experience of an "
+            f"previous={previous} has no KL divergence and coefficient to continue from. Give the experience of an "
             "algorithm that puts a KL penalty into the reward, or leave previous out."
         )
     error = min(max(facts["kl"] / config.kl_target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)

@@ -74,10 +74,10 @@ def launch(config: TrainingConfig) -> bool:
 
 
 def refuse_lone_process() -> None:
-    """Refuse to run if `accelerate launch` was asked for several processes but started one, as it does on CPUs.
+    """Check that `accelerate launch` did not start a single process instead of several, as it does on CPUs.
 
     Raises:
-        UserError: it was asked for more.
+        UserError: it did.
     """
     wanted = processes_of_accelerate(_command_line(os.getppid()))
     if wanted > 1:

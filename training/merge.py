@@ -87,7 +87,7 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ..
         UserError: it is not a PEFT adapter, or is damaged.
     """
     if not (adapter / ADAPTER).is_file():
-        raise UserError(f"{adapter} is no adapter: it has no {ADAPTER}. Give the directory that PEFT has written.")
+        raise UserError(f"{adapter} is not an adapter: it has no {ADAPTER}. Give the directory that PEFT wrote.")
     try:
         settings = json.loads((adapter / ADAPTER).read_bytes())
         peft_type = settings["peft_type"]

@@ -78,8 +78,8 @@ class ParallelConfig(Section):
         if here % (self.tp * self.sp):
             raise ValueError(
                 f"nodes={self.nodes} leaves {here} of {self.processes} processes on each node, which tp · sp = "
-                f"{self.tp * self.sp} does not divide: tensor and sequence parallelism talk in every layer and "
-                "stay within a node. Set tp and sp lower and dp or pp higher, or nodes to fewer."
+                f"{self.tp * self.sp} does not divide: tensor and sequence parallelism communicate in every layer, so "
+                "their processes stay within a node. Set tp and sp lower and dp or pp higher, or nodes lower."
             )
         if self.deepspeed_stage and self.is_divided:
             raise ValueError(
@@ -106,7 +106,7 @@ def check_layout(parallel: ParallelConfig, model: Path) -> None:
     architecture = architecture_of(model)
     if architecture not in {family + head for family in LLAMA_LIKE for head in HEADS}:
         raise UserError(
-            f"{model} is a {architecture}; tensor, pipeline and sequence parallelism know {', '.join(LLAMA_LIKE)} "
+            f"{model} is a {architecture}; tensor, pipeline and sequence parallelism support {', '.join(LLAMA_LIKE)} "
             "models. Set parallel.tp, parallel.pp and parallel.sp to 1, and parallel.zero to 3 or fsdp2 to shard it."
         )
     config: dict[str, Any] = json.loads((model / "config.json").read_bytes())

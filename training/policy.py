@@ -86,7 +86,7 @@ def load_reference(config: PolicyConfig, policy: Any) -> Any:
     known, own = (vocabulary_size(model.config) for model in (reference, policy))
     if known != own:
         raise UserError(
-            f"reference_model={config.reference_model} knows {known} token ids and the policy {own}, so their "
+            f"reference_model={config.reference_model} has {known} token ids and the policy {own}, so their "
             "distributions cannot be compared. Give a model of the policy's family."
         )
     if is_packed(policy):

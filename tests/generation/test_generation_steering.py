@@ -235,7 +235,7 @@ def config(**values: Any) -> GenerationConfig:
         ({"temperatures": [2.5]}, "vLLM takes none above 2"),
         ({"engine_args": {"--block-size": 16}}, r"with underscores \(block_size\)"),
         ({"engine_args": {"max_model_len": 16}}, "max_model_len cannot be set here: it follows from the prompts"),
-        ({"engine_args": {"logits_processors": ["a:B"]}}, "no record would say so"),
+        ({"engine_args": {"logits_processors": ["a:B"]}}, "no record would show it"),
         ({"engine_args": {"trust_remote_code": True}}, "code of a model is never run"),
     ],
 )

@@ -185,10 +185,10 @@ def test_decoupled_ppo_on_answers_of_another_policy(models: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "decoupled_ppo"}, "it learns from answers of older policies as they are. Leave it out"),
+        ({"algorithm": "decoupled_ppo"}, "it learns from answers of older policies without one. Leave it out"),
         ({"algorithm": "raft"}, "its loss takes no advantages"),
-        ({"algorithm": "rloo"}, "weighs whole answers and no single tokens. Set it to sequence or geometric"),
-        ({"settings": {"importance_cap": 2.0}}, "importance_cap is 2.0 beside a correction"),
+        ({"algorithm": "rloo"}, "weights whole answers, not tokens. Set it to sequence or geometric"),
+        ({"settings": {"importance_cap": 2.0}}, "importance_cap is 2.0 in addition to a correction"),
         ({"correction": {"high": 1.0}}, "greater than 1"),
         ({"correction": {"low": 1.0}}, "less than 1"),
         ({"correction": {"low": -0.1}}, "greater than or equal to 0"),

@@ -459,7 +459,7 @@ def test_a_penalty_that_an_algorithm_does_not_have_is_refused(world: World) -> N
         world.run(str(own), kl_coefficient=0.1, reference=world.folder / "reference")
     made = world.run("grpo")
     assert made.manifest.facts["kl_coefficient"] is None
-    with pytest.raises(UserError, match="has no KL divergence and coefficient to go on from"):
+    with pytest.raises(UserError, match="has no KL divergence and coefficient to continue from"):
         world.run("ppo", "next", kl_target=1.0, previous=made.path)
 
 

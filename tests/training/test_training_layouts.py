@@ -227,7 +227,7 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", kind="gpt_neox")
     check_layout(ParallelConfig(dp=2, zero="fsdp2"), model)
     with pytest.raises(
-        UserError, match="is a GPTNeoXForCausalLM; tensor, pipeline and sequence parallelism know Llama"
+        UserError, match="is a GPTNeoXForCausalLM; tensor, pipeline and sequence parallelism support Llama"
     ):
         check_layout(ParallelConfig(pp=2), model)
 

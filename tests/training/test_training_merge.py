@@ -119,7 +119,7 @@ def damage(adapter: Path, name: str) -> None:
         ("less", "does not belong to"),
         ("more", "does not belong to"),
         ("soft", "of type PROMPT_TUNING, which cannot be merged into weights"),
-        ("none", "is no adapter: it has no adapter_config.json"),
+        ("none", "is not an adapter: it has no adapter_config.json"),
     ],
 )
 def test_an_adapter_that_cannot_be_merged(models: dict[str, Path], tmp_path: Path, name: str, complaint: str) -> None:

@@ -111,7 +111,7 @@ def test_a_reference_model_is_asked_for_where_it_is_needed_and_nowhere_else(
     settings = {"model": models["tied"], "pairs": [pairs["pairs"]], "output": tmp_path / "out", "algorithm": str(mine)}
     with pytest.raises(UserError, match="needs a reference model: set reference_model=DIRECTORY"):
         run_here("policy", **settings)
-    with pytest.raises(UserError, match=r"holds whole; parallel .*divides the policy"):
+    with pytest.raises(UserError, match=r"hold the whole policy, but parallel .*divides the policy"):
         run_here("policy", **settings, reference_model=models["tied"], parallel={"dp": 2, "zero": 3})
     with pytest.raises(UserError, match="algorithm=dpo needs no reference model: leave reference_model out"):
         run_here("policy", **dpo_settings(models, pairs, tmp_path / "out", reference_model=models["tied"]))
