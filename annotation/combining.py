@@ -57,9 +57,7 @@ class Combined:
                 continue
             why = self.expression.why_not(columns, self.standards, place)
             text = f"scorer {self.name!r}, expression {self.expression.text!r}: for {sample}, {why}."
-            found.append(
-                Fault(UserError(f"{text} Bound what can be, as in a / max(b, 0.01) or a / b if b > 0 else 0."))
-            )
+            found.append(Fault(UserError(f"{text} Guard against it, as in a / max(b, 0.01) or a / b if b > 0 else 0.")))
         return found
 
     def _row(self, sample: Sample, scores: dict[str, dict[int, Score]]) -> dict[str, float] | str:

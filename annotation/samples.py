@@ -9,7 +9,7 @@ from contracts.faults import Fault
 from contracts.records import Completion, Rollout, Score
 
 SHOWN = 60
-"""Characters of a prompt in a message."""
+"""Maximum characters of a prompt in a message."""
 
 
 class Sample(NamedTuple):
@@ -50,14 +50,14 @@ class Sample(NamedTuple):
 
 def prompt_in_words(rollout: Rollout) -> str:
     """`prompt 0123456789abcdef ("What is 2 + 3?")`: the id, and the beginning of the last user message."""
-    said = next((turn.content for turn in reversed(rollout.messages) if turn.role == "user"), "")
-    words = " ".join(said[: 2 * SHOWN].split())
-    shown = words if len(words) <= SHOWN and len(said) <= 2 * SHOWN else f"{words[:SHOWN]}..."
+    text = next((turn.content for turn in reversed(rollout.messages) if turn.role == "user"), "")
+    words = " ".join(text[: 2 * SHOWN].split())
+    shown = words if len(words) <= SHOWN and len(text) <= 2 * SHOWN else f"{words[:SHOWN]}..."
     return f'prompt {rollout.prompt_id} ("{shown}")'
 
 
 class Scorer(Protocol):
-    """A scorer whose model or function is loaded. One with a method `close` is closed when the stage drops it."""
+    """A scorer whose model or function is loaded. If it has a method `close`, the stage calls it at its end."""
 
     facts: dict[str, str]
     """Facts for the manifest: dtype and device."""

@@ -94,7 +94,7 @@ def _nothing() -> None:
 
 
 def _place_in(message: str, samples: list[Sample], rollouts: Source) -> str:
-    """A sentence with the place in the user's data of the prompt that a message names, where that is known."""
+    """A sentence that says where the prompt named in an error message is in the user's data, or nothing if unknown."""
     named = next((one.rollout for one in samples if prompt_in_words(one.rollout) in message), None)
     if named is None or not rollouts.whole:
         return ""

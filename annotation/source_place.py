@@ -16,16 +16,16 @@ from contracts.records import PROMPTS, ROLLOUTS
 from contracts.sources import HUB, read_rows
 
 SECONDS = 5.0
-"""How long the sources are searched; nobody waits longer for the message of an error."""
+"""Time limit for searching the sources, so that the error message is not delayed."""
 
 
 def source_place(rollouts: Artifact, identity: str) -> str | None:
-    """The place of a prompt in the user's own data, for example "questions.jsonl, line 7".
+    """Where a prompt is in the user's own data, for example "questions.jsonl, line 7".
 
-    None where it is not known: data on the Hub, sources that were moved or take too long to read.
+    None if it is not known: for data on the Hub, and for sources that were moved or take too long to read.
     """
     deadline = time.monotonic() + SECONDS
-    with contextlib.suppress(Exception):  # the error that is being reported matters more
+    with contextlib.suppress(Exception):  # the original error must be reported in any case
         for artifact in _with_inputs(rollouts):
             reader = READERS.get(artifact.manifest.stage)
             if reader is None or "source" not in artifact.manifest.input_paths:
@@ -40,7 +40,7 @@ def source_place(rollouts: Artifact, identity: str) -> str | None:
 
 
 def _with_inputs(artifact: Artifact) -> Iterator[Artifact]:
-    """An artifact, and the prompts and rollouts that it was made from, nearest first."""
+    """An artifact, and the prompts and rollouts artifacts that it was made from, nearest first."""
     found = {artifact.path: artifact}
     for each in (todo := [artifact]):
         yield each
@@ -64,7 +64,7 @@ def _imported(artifact: Artifact) -> Iterator[tuple[str, str]]:
 
 
 def _imported_from_rlhflow(artifact: Artifact) -> Iterator[tuple[str, str]]:
-    """The same of an import of responses."""
+    """Place and prompt id of each row of an import of RLHFlow's responses."""
     settings = artifact.manifest.key_parts["config"]
     file = RlhflowFile(Path(artifact.manifest.input_paths["source"]), settings.get("answer_column"))
     for place, row in file.rows():
@@ -75,4 +75,4 @@ READERS: Mapping[str, Callable[[Artifact], Iterator[tuple[str, str]]]] = {
     "prompts": _imported,
     "rlhflow-import": _imported_from_rlhflow,
 }
-"""How the rows of a source are read again, by the stage that imported it."""
+"""Functions that read the rows of an import's source again, by stage."""

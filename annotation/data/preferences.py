@@ -106,7 +106,7 @@ def run_scores(config: PreferencesScoresConfig, context: Context) -> Outcome:
             if rollout.prompt_id not in found:
                 raise UserError(
                     f"{config.source} does not hold the pair {rollout.prompt_id} of {config.rollouts}. Give the source "
-                    "and the columns that these rollouts were imported by."
+                    "and the columns that these rollouts were imported with."
                 )
             values = found[rollout.prompt_id]
             scores += [Score(rollout.prompt_id, sample, values[sample]) for sample in (CHOSEN, REJECTED)]
@@ -211,13 +211,13 @@ class PreferenceRow:
             if not prompt:
                 raise UserError(
                     f"{self.place}, column {name!r}: an answer alone, and no column {' or '.join(NAMES['prompt'])} "
-                    "says what was asked. Set columns={prompt: NAME}."
+                    "has its prompt. Set columns={prompt: NAME}."
                 )
             return (*prompt, *turns)
         if prompt and not {message.content.strip() for message in prompt} <= {turn.content.strip() for turn in turns}:
             raise UserError(
-                f"{self.place}: the conversation in {name!r} is not that of the prompt, which has a column of its own. "
-                "Set columns={prompt: null} if that is something else."
+                f"{self.place}: the conversation in {name!r} does not contain the prompt in the prompt's column. "
+                "Set columns={prompt: null} if that column is something else."
             )
         return turns or (Message("user", ""),)
 

@@ -18,7 +18,7 @@ def run(config: PairsSampleConfig, context: Context) -> Outcome:
     require_made_from(Artifact.open(config.rollouts, ROLLOUTS), source)
     pairs = list(source.rows(Pair))
     if not pairs:
-        raise UserError(f"{config.pairs} holds no pairs, of which some are to be taken.")
+        raise UserError(f"{config.pairs} holds no pairs to draw from.")
     wanted = _wanted(config, len(pairs))
     order = sorted(range(len(pairs)), key=lambda number: digest([config.seed, pairs[number].pair_id]))
     drawn = sorted(order[:wanted])

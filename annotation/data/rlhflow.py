@@ -182,7 +182,7 @@ def run_scores(config: RlhflowScoresConfig, context: Context) -> Outcome:
     rows: dict[str, RlhflowRow] = {}
     for place, row in RlhflowFile(config.source).rows():
         if row.rewards is None:
-            raise UserError(f"{place}: the row has no rewards. Score the rollouts by `annotation score`.")
+            raise UserError(f"{place}: the row has no rewards. Score the rollouts with `annotation score`.")
         rows.setdefault(prompt_id(row.prompt, row.tools), row)
     for shard in rollouts.shards:
         ledger = Ledger("samples")

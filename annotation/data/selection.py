@@ -55,7 +55,7 @@ class SelectConfig(StageConfig):
             counts = [len(getattr(self, name)) for name in names]
             if len(set(counts)) > 1:
                 found = ", ".join(f"{count} in {name}" for name, count in zip(names, counts, strict=True))
-                raise ValueError(f"there must be as many in each: {found}.")
+                raise ValueError(f"these lists must have the same length: {found}.")
         return self
 
 

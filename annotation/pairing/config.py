@@ -45,7 +45,7 @@ class PairsSettings(Section):
     @classmethod
     def _check_keys(cls, data: Any) -> Any:
         if isinstance(data, dict) and "function" in data:  # the key that scorers use
-            raise ValueError(f"there is no key function: one of your own is a strategy, strategy={data['function']}.")
+            raise ValueError(f"there is no key function. Set your own function as strategy={data['function']}.")
         return data
 
     @field_validator("strategy")

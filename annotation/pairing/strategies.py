@@ -100,7 +100,7 @@ class PairStrategy:
 
 
 def _wanted(problem: Any) -> str:
-    """What a setting must be instead, in words; empty for null, which is said as the default."""
+    """What a setting must be, for the message; empty for null, which the message gives as the default."""
     if problem["type"] == "too_short":
         return f"a list of at least {problem['ctx']['min_length']}"
     return "" if problem["type"] == "none_required" else problem["msg"].removeprefix("Input should be ")

@@ -162,7 +162,7 @@ class JudgeClient:
             key = "json_key" if form == "json" else "pattern"
             ending = f", in which extraction={form} finds no judgement."
             fix = f"Have the question (rubric, template, instructions) ask for that form, set {key} to match the reply"
-        return f"Of {inquiry.sample}, for example, the judge says {shown}{ending} {fix}, take another model"
+        return f"For {inquiry.sample}, for example, the judge replied {shown}{ending} {fix}, use another model"
 
     async def _vote(self, inquiry: Inquiry, vote: int) -> tuple[float, str] | Reply:
         """The number and text of a vote. A reply without a number is requested again, up to `asks` times in all; then
@@ -255,7 +255,7 @@ def check_question(config: JudgeSettings) -> None:
     text = "".join(message["content"] for message in question.messages(rollout, **known))
     for name, mark in marks.items():
         if mark not in text:
-            raise UserError(f"the judge's template does not show {{{{ {name} }}}}, which is what it is to judge.")
+            raise UserError(f"the judge's template does not show {{{{ {name} }}}}, so the judge would not see it.")
 
 
 def question_of(config: JudgeSettings, template: str, **known: Any) -> Question:

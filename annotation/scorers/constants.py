@@ -10,10 +10,10 @@ Constant: TypeAlias = Callable[[ast.expr], float | None]
 
 
 def mistake_in(node: ast.expr, constant: Constant) -> str | None:
-    """Return what is wrong with one operation of an expression, and how to fix it; None if nothing is.
+    """Describe what is wrong with one operation of an expression, and how to fix it; None if nothing is.
 
     Args:
-        constant: the value of a part that is the same for every response; None for any other.
+        constant: returns the value of a subexpression that is the same for every response; None for any other.
     """
     match node:
         case ast.BinOp(op=ast.Div(), right=right) if constant(right) == 0:
@@ -26,7 +26,9 @@ def mistake_in(node: ast.expr, constant: Constant) -> str | None:
         case ast.Call(func=ast.Name(id="overlong"), args=[_, most_tokens, cache_tokens]):
             most, cache = constant(most_tokens), constant(cache_tokens)
             if most is not None and most <= 0:
-                return f"responses of {most:g} tokens are none. Write overlong(tokens, most, cache) with most above 0."
+                return (
+                    f"a limit of {most:g} tokens allows no response. Set most above 0 in overlong(tokens, most, cache)."
+                )
             if cache is not None and (cache < 0 or (most is not None and cache > most)):
                 limit = "the limit" if most is None else f"the limit of {most:g}"
                 return (
@@ -48,7 +50,7 @@ def mistake_in(node: ast.expr, constant: Constant) -> str | None:
             return _never_holds([left, *others], operations, constant)
     number = constant(node) if isinstance(node, ast.Call | ast.BinOp) else None
     if number is not None and not math.isfinite(number):
-        return "it is not a finite number. Take it out, or correct the numbers in it."
+        return "it is not a finite number. Remove it, or correct the numbers in it."
     return None
 
 

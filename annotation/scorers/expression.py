@@ -22,7 +22,7 @@ MAX_LENGTH = 2000
 MAX_DEPTH = 50
 """Maximum nesting depth of operations."""
 EXAMPLE = "Write a computation over the names of other scorers, for example 0.7 * helpful + 0.3 * form."
-"""The end of messages about a text that is not an expression."""
+"""How messages about an invalid expression end."""
 OWN = ("tokens", "truncated")
 """Names for properties of the answer itself: its number of tokens, and whether it was truncated (1 or 0)."""
 
@@ -153,7 +153,7 @@ class Expression:
             ValueError: it is not an expression, or contains something that is not allowed.
         """
         if len(text) > MAX_LENGTH:
-            raise ValueError(f"an expression of {len(text)} characters; it may have {MAX_LENGTH}.")
+            raise ValueError(f"it has {len(text)} characters, more than the maximum of {MAX_LENGTH}.")
         if not text.strip():
             raise ValueError(f"it is empty. {EXAMPLE}")
         try:
@@ -235,7 +235,7 @@ class Expression:
             self._check(one, depth + 1)
 
     def _check_constants(self, tree: ast.expr) -> None:
-        """Refuse what is the same for every response and cannot be meant.
+        """Reject mistakes in constants.
 
         Raises:
             ValueError: a division by 0, bounds in the wrong order, a comparison that never holds.

@@ -89,7 +89,7 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
         except re.error as error:
             raise ValueError(f"separator_pattern is not a regular expression: {error}.") from error
         if pattern.search("") is not None:
-            raise ValueError(f"separator_pattern={pattern.pattern!r} separates where there is nothing. Use + for *.")
+            raise ValueError(f"separator_pattern={pattern.pattern!r} matches the empty string. Use + instead of *.")
         return self
 
     @property

@@ -81,7 +81,7 @@ class FunctionPool:
         self.task = RuleTask(path, names, os.getpid(), dict(settings or {}), opens)
         self.running: list[FunctionProcess] = []
         self.close = weakref.finalize(self, _end_all, self.running)
-        """End the workers, and have the scorers that they opened closed; called when this object is dropped, too."""
+        """End the workers, which close their scorers; also called when this object is garbage-collected."""
         self._start()
         while not self.running[0].ready:
             self._poll([], deque(), _ignore)
@@ -219,7 +219,7 @@ def _ignore(found: dict[int, FunctionResult]) -> None:
 
 
 def _end_all(processes: list[FunctionProcess]) -> None:
-    """Let all workers exit, those with a `close()` after they have called it."""
+    """Let all workers exit; those whose class has a `close()` call it first."""
     now = time.monotonic()
     for process in processes:
         process.drop()

@@ -27,7 +27,7 @@ POLL_SECONDS = 0.2
 EXIT_SECONDS = 5.0
 """Time limit for a worker to exit when all samples are scored, as it may have something to save."""
 CLOSE_SECONDS = 30.0
-"""Time limit for a worker with a `close()` to end its call, to close and to exit."""
+"""Time limit for a worker whose class has a `close()` to end its call, close and exit, in seconds."""
 
 
 class FunctionProcess:
@@ -41,7 +41,7 @@ class FunctionProcess:
         self.takes_many = False
         """Whether the function takes a whole batch; the worker reports this when it is ready."""
         self.closes = False
-        """Whether it has a `close()` to call before it exits; the worker reports this when it is ready."""
+        """Whether its class has a `close()`, which it calls before it exits; reported when it is ready."""
         self.waited = 0.0
         """Seconds since the last result, not counting time in which this process itself was suspended."""
         self._may_take = 0.0
@@ -145,8 +145,8 @@ class FunctionProcess:
         time.sleep(POLL_SECONDS)
 
     def drop(self) -> None:
-        """Close its connection, so that it exits; interrupt its call, if it has a `close()` to call after that."""
-        if not self.ready:  # it may have become so since
+        """Close its connection, so that it exits; interrupt the call in progress if its class has a `close()`."""
+        if not self.ready:  # it may have become ready since the last poll
             with contextlib.suppress(OSError, msgspec.DecodeError):
                 self.closes = any(isinstance(answer, Ready) and answer.closes for answer in self.receive())
         busy = self.busy
@@ -156,7 +156,7 @@ class FunctionProcess:
         self._may_take = CLOSE_SECONDS if self.closes else 0.0 if busy else EXIT_SECONDS
 
     def wait(self, dropped: float) -> None:
-        """Let it exit, having been dropped at that time (`time.monotonic()`); kill it when it takes too long."""
+        """Let it exit after `drop`, which was called at time `dropped` (`time.monotonic()`); kill it if it is late."""
         try:
             while self.process.poll() is None and (left := dropped + self._may_take - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -164,8 +164,8 @@ class FunctionProcess:
                 beat()
             if self.closes and self.process.poll() is None:
                 print(
-                    f"class {self.path!r} was not closed after {CLOSE_SECONDS:g} s, and its process is killed. Below "
-                    "is where it stood.",
+                    f"class {self.path!r} was not closed after {CLOSE_SECONDS:g} s, and its process is killed. Its "
+                    "stack follows.",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -55,7 +55,7 @@ class Rule:
         ]
 
     def close(self) -> None:
-        """End the processes; a class of the user's is closed there."""
+        """End the worker processes, which call `close()` of a user's class."""
         self.pool.close()
 
     def _batch_of(self, index: int, samples: Sequence[Sample]) -> set[int]:

@@ -134,7 +134,7 @@ def main(descriptor: int) -> NoReturn:
 
 
 def _serve(function: "LoadedFunction", lines: BinaryIO, send: Callable[..., None], interrupts: "_Interrupts") -> None:
-    """Score what each line holds, until the stage closes the connection or interrupts a call."""
+    """Score the samples of each line, until the stage closes the connection or interrupts a call."""
     decoder = msgspec.json.Decoder(list[AnswerInput])
     for line in lines:
         given = decoder.decode(line)
@@ -155,7 +155,7 @@ def _score_line(function: "LoadedFunction", given: list[AnswerInput], send: Call
 
 
 class _Interrupts:
-    """Handles SIGINT, by which the stage ends the call in progress when it drops a scorer that has a `close()`.
+    """Handles SIGINT, with which the stage interrupts the call in progress when it drops a scorer with a `close()`.
 
     Outside of calls it only prevents the next one, so that `close()` itself is never interrupted.
     """
@@ -220,11 +220,11 @@ class LoadedFunction:
     """Further keyword arguments of every call."""
     run: Callable[[Coroutine[Any, Any, Any]], Any]
     opened: Any = None
-    """The instance, where a class was given."""
+    """The instance, if the path names a class."""
 
     @property
     def closes(self) -> bool:
-        """Whether there is a `close()` to be called."""
+        """Whether the instance has a `close()`."""
         return callable(getattr(self.opened, "close", None))
 
     def close(self, path: str) -> None:

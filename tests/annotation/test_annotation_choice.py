@@ -287,7 +287,7 @@ def test_indices_of_numpy_will_do():
             {"strategy": "correct_against_wrong", "settings": {"threshold": float("nan")}},
             "the setting threshold is nan, but must be a finite number",
         ),
-        ({"function": "mine.py:f"}, "there is no key function: one of your own is a strategy, strategy=mine.py:f."),
+        ({"function": "mine.py:f"}, "there is no key function. Set your own function as strategy=mine.py:f."),
         ({"margin": 2.0, "margin_cap": 1.0}, "margin_cap is 1, below margin (2): no pair would be left."),
         ({"per_prompt": 0}, "'per_prompt' is 0"),
     ],

@@ -124,7 +124,7 @@ def test_an_answer_without_a_number_has_no_part_in_a_comparison() -> None:
         ("0.1 * tokens", "it names no scorer"),
         ("-" * 60 + "a", "nested more than 50 levels deep"),
         ("(" * 900 + "a" + ")" * 900, "not an expression|characters"),
-        ("a + " * 600 + "a", "characters; it may have 2000"),
+        ("a + " * 600 + "a", "characters, more than the maximum of 2000"),
         ("a\x00", "not an expression"),
         ("", "it is empty. Write a computation over the names of other scorers, for example 0.7"),
         (" ", "it is empty"),
@@ -147,7 +147,7 @@ def test_an_answer_without_a_number_has_no_part_in_a_comparison() -> None:
         ("lower_bound(a, b)", r"a is not the number of standard deviations, .* Write lower_bound\(1, a, b\)"),
         ("lower_bound(1, a)", "a alone has no spread. Give two scorers or more"),
         ("a + overlong(tokens, 128, 512)", "cannot begin 512 tokens before the limit of 128"),
-        ("a + overlong(tokens, 0, 0)", "responses of 0 tokens are none"),
+        ("a + overlong(tokens, 0, 0)", "a limit of 0 tokens allows no response"),
     ],
 )
 def test_what_is_no_expression_is_refused(text: str, message: str) -> None:

@@ -253,7 +253,7 @@ def test_a_judge_that_never_judges_is_quoted_and_not_asked_to_the_end(
             score(tmp_path, rollouts, server, **keys)
         assert len(server.asked) <= 16
         message = str(told.value)
-        assert "the judge says 'I cannot say; ***. Well, Well," in message
+        assert "the judge replied 'I cannot say; ***. Well, Well," in message
         assert "very-secret" not in message
         assert len(message) < 700
         assert "extraction=pattern finds no judgement" in message

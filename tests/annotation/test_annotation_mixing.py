@@ -113,7 +113,7 @@ def test_what_is_left_out_is_counted(tmp_path, models):
         ({"chosen": "good .", "rejected": "bad ."}, {}, "an answer alone, and no column prompt or question"),
         ({"prompt": "so?", "chosen": "good ."}, {}, "no column 'rejected'; found prompt, chosen"),
         ({"prompt": "so?", "chosen": "good .", "rejected": None}, {}, "the column 'rejected' is null"),
-        ({"prompt": "so?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, "is not that of the prompt"),
+        ({"prompt": "so?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {}, "does not contain the prompt"),
         ({"prompt": "so?", "chosen": "a", "rejected": "b", "score_chosen": "x"}, {}, "a score must be a number"),
         ({"prompt": "so?", "chosen": "a", "rejected": "b"}, {"columns": {"chosen": "choosen"}}, "mean 'chosen'"),
         ({"prompt": "so?", "chosen": "a", "rejected": "a"}, {"max_dropped": 1}, "no usable pair"),

@@ -249,7 +249,7 @@ def test_a_stage_publishes_steps_and_refuses_another_vocabulary(tmp_path, classi
         ({"marker": None}, "needs marker=TOKEN"),
         ({"layout": "turns", "marker": "+"}, "needs marker=TOKEN"),
         ({"separator_pattern": "("}, "not a regular expression"),
-        ({"separator_pattern": "\n*"}, "separates where there is nothing"),
+        ({"separator_pattern": "\n*"}, "matches the empty string"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, classifier, policy, keys, message):
