@@ -176,8 +176,8 @@ class Graph:
     def streams_from(self, node: "Node") -> "Node | None":
         """The node whose shards `node` can read while they are still being produced; None if there is none."""
         field = node.stage.follows(node.config)
-        maker = None if field is None else self.producer(node.path(field))
-        return maker if maker is not None and field is not None and maker.output == node.path(field) else None
+        producer = None if field is None else self.producer(node.path(field))
+        return producer if producer is not None and field is not None and producer.output == node.path(field) else None
 
     def sampler(self, rollouts: Path) -> Node | None:
         """The node that sampled `rollouts`, through all later filtering; None if it is not in the graph."""

@@ -119,8 +119,8 @@ class Recipe(RunStages):
 
     def own_evaluations(self, iteration: int) -> dict[str, Path]:
         """The user's own evaluations of an iteration's policy that gates refer to, by name."""
-        asked = sorted({gate.evaluation for gate in self.run.gates.values() if gate.evaluation is not None})
-        nodes = {name: self.graph.nodes.get(name_of(iteration, f"evaluations/{name}")) for name in asked}
+        names = sorted({gate.evaluation for gate in self.run.gates.values() if gate.evaluation is not None})
+        nodes = {name: self.graph.nodes.get(name_of(iteration, f"evaluations/{name}")) for name in names}
         return {name: node.output for name, node in nodes.items() if node is not None}
 
     def improve(self, iteration: int) -> Path:
@@ -303,7 +303,7 @@ class Recipe(RunStages):
         """Import the offline pairs. Returns their answers as rollouts, and the pairs."""
         data = section.model_dump(exclude_unset=True, exclude={"share"})
         data["source"] = self.resolve(section.source)
-        fields = {**data, **self.rendering(self.initial, self.config.chat_template_kwargs)}
+        fields = {**data, **self.rendering_fields(self.initial, self.config.chat_template_kwargs)}
         # The tokenizer of the config's policy: it never changes, and so mistakes in the pairs show before training.
         fields |= {"tokenizer": self.resolve(self.config.policy), "exclude": [self.heldout_prompts]}
         rollouts = self.graph.add(IMPORT_PREFERENCES, "setup/offline/rollouts", fields)
@@ -445,7 +445,7 @@ class Recipe(RunStages):
         if config.sft is not None:
             section = set_fields(config.sft)
             section["demonstrations"] = self.resolve(section["demonstrations"])
-            section |= self.rendering(self.initial, config.chat_template_kwargs)
+            section |= self.rendering_fields(self.initial, config.chat_template_kwargs)
             section |= {"model": self.initial, "seed": derive_seed(config.seed, 0, "sft")}
             self.initial = self.graph.add(SFT, "setup/sft", section)
         self.reward_model = self.train_reward_model() if config.reward_model is not None else None
@@ -462,6 +462,6 @@ class Recipe(RunStages):
         fields = set_fields(section.training)
         scorer = self.config.scorers[self.config.trained_scorer or "reward"]
         if section.training.kind == "pairwise" and isinstance(scorer, TemplateSettings):
-            fields |= self.rendering(self.initial, scorer.chat_template_kwargs)
+            fields |= self.rendering_fields(self.initial, scorer.chat_template_kwargs)
         fields |= {"model": self.initial, "pairs": [pairs], "seed": derive_seed(self.config.seed, 0, "reward")}
         return self.graph.add(REWARD, "setup/reward-model/training", fields)

@@ -50,7 +50,11 @@ class RunStages:
         window: dict[str, Any] | None = None,
     ) -> Path:
         """Add the sampling of answers to prompts."""
-        fields = {**set_fields(section), **(window or {}), **self.rendering(policy, self.config.chat_template_kwargs)}
+        fields = {
+            **set_fields(section),
+            **(window or {}),
+            **self.rendering_fields(policy, self.config.chat_template_kwargs),
+        }
         fields |= {"policy": policy, "prompts": prompts, "iteration": iteration or 0}
         fields["seed"] = derive_seed(self.config.seed, name_of(iteration, role))
         earlier = (name_of(one, role) for one in range((iteration or 0) - 1, -1, -1))
@@ -82,7 +86,7 @@ class RunStages:
         if section.locates_tokens and "tokenizer" not in fields:
             fields["tokenizer"] = self.resolve(self.config.policy)  # it does not change
         if section.renders:
-            fields |= self.rendering(fields["model"], fields.get("chat_template_kwargs", {}))
+            fields |= self.rendering_fields(fields["model"], fields.get("chat_template_kwargs", {}))
         if section.compares and against is not None:
             fields["against"] = against
         if section.parts:
@@ -92,11 +96,11 @@ class RunStages:
                 part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
             }
         if section.standardised:
-            fields["standards"] = {part: self.first_scores(part, iteration) for part in section.standardised}
+            fields["standards"] = {part: self.initial_scores(part, iteration) for part in section.standardised}
         environment = environment_key(section.runs_in)
         return self.graph.add(SCORE, role, fields, iteration=iteration, environment=environment)
 
-    def first_scores(self, scorer: str, iteration: int | None) -> Path:
+    def initial_scores(self, scorer: str, iteration: int | None) -> Path:
         """A scorer's scores of the initial policy's held-out answers, recomputed only if the scorer has changed since.
 
         Raises:
@@ -135,7 +139,7 @@ class RunStages:
         fields = set_fields(section) | {"rollouts": rollouts, "scores": scores, "seed": seed}
         return self.graph.add(CHOOSE_PAIRS, role, fields, iteration=iteration)
 
-    def rendering(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    def rendering_fields(self, model: Path, variables: dict[str, Any]) -> dict[str, Any]:
         """The fields of a stage that renders conversations: the variables of the model's chat template, and the run's
         date if the template writes one."""
         start, _ = self.graph.origin(model)

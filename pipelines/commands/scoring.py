@@ -140,7 +140,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
             f"{candidates[0]} is no model's directory, but the responses need its tokenizer. Give --tokenizer."
         )
     fields: dict[str, Any] = {"source": folder / "texts.jsonl", "tokenizer": found, "answer_column": ANSWER}
-    fields |= {**recipe.rendering(found, config.chat_template_kwargs), "max_dropped": 1.0}
+    fields |= {**recipe.rendering_fields(found, config.chat_template_kwargs), "max_dropped": 1.0}
     rollouts = recipe.graph.add(RLHFLOW_IMPORT, str(folder / "rollouts"), fields)
     recipe.score(str(folder / scorer), scorer, rollouts)
     nodes = [node for name, node in recipe.graph.nodes.items() if name not in known]

@@ -46,7 +46,7 @@ def require_possible_gates(configs: Sequence[RunConfig]) -> None:
         _require_metric(place, gate, configs[0])
         if gate.meaningless:
             raise UserError(f"{place}: {gate.meaningless}")
-        if all(reasons := [_never(gate, config) for config in configs]):
+        if all(reasons := [_why_impossible(gate, config) for config in configs]):
             raise UserError(f"{place} can never hold: {reasons[0]}")
         if gate.do == "rollback":
             _require_rollback(place, gate, configs)
@@ -81,7 +81,7 @@ def _require_metric(place: str, gate: GateSection, config: RunConfig) -> None:
         )
 
 
-def _never(gate: GateSection, config: RunConfig) -> str | None:
+def _why_impossible(gate: GateSection, config: RunConfig) -> str | None:
     """Why a condition can never hold, or None if it can."""
     sampling, metric = config.evaluation, gate.metric
     if metric == "kl" and (sampling.temperatures, sampling.top_p, sampling.top_k) != ([1.0], 1.0, 0):

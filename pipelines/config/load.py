@@ -46,10 +46,10 @@ def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     data = _with_placement(apply_overrides(data, files))
     overrides = [text for text in overrides if text not in files]
     for section, owner in (("training", "algorithm"), ("pairs", "strategy")):
-        there = data.get(section)
+        current = data.get(section)
         wanted = apply_overrides({}, [text for text in overrides if text.startswith(f"{section}.{owner}=")])
-        if isinstance(there, dict) and wanted:
-            data = {**data, section: merge(there, wanted[section])}
+        if isinstance(current, dict) and wanted:
+            data = {**data, section: merge(current, wanted[section])}
     return apply_overrides(data, overrides)
 
 

@@ -37,8 +37,8 @@ class PoolSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        asked = [self.devices] if isinstance(self.devices, int) else self.devices
-        if asked is not None and (not asked or min(asked) < isinstance(self.devices, int)):
+        requested = [self.devices] if isinstance(self.devices, int) else self.devices
+        if requested is not None and (not requested or min(requested) < isinstance(self.devices, int)):
             raise ValueError(
                 f"devices is {self.devices}; it must be a number of devices, at least 1, or a list of them, counted "
                 "from 0."

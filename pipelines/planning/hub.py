@@ -108,60 +108,62 @@ def name_and_revision(reference: str | Path) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def _at(paths: Any, place: Callable[[str], str]) -> Any:
-    """Apply `place` to a path, or to each path of a list."""
-    return [_at(path, place) for path in paths] if isinstance(paths, list) else Path(place(paths))
+def _resolved_paths(paths: Any, resolve: Callable[[str], str]) -> Any:
+    """Apply `resolve` to a path, or to each path of a list."""
+    return [_resolved_paths(path, resolve) for path in paths] if isinstance(paths, list) else Path(resolve(paths))
 
 
-def _with_models(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
-    """Apply `place` to every model in the config."""
+def _with_models(config: RunConfig, resolve: Callable[[str], str]) -> RunConfig:
+    """Apply `resolve` to every model in the config."""
     scorers = {}
     for name, scorer in config.scorers.items():
         named = {field: value for field, value in scorer.select(Role.INPUT).items() if value is not None}
-        scorers[name] = scorer.model_copy(update={field: _at(value, place) for field, value in named.items()})
-    changes: dict[str, Any] = {"policy": place(config.policy), "scorers": scorers}
+        scorers[name] = scorer.model_copy(
+            update={field: _resolved_paths(value, resolve) for field, value in named.items()}
+        )
+    changes: dict[str, Any] = {"policy": resolve(config.policy), "scorers": scorers}
     if inputs := config.training.inputs:
-        placed = [Path(place(str(path))) for path in inputs]
-        changes["training"] = config.training.model_copy(update={"inputs": placed})
+        resolved = [Path(resolve(str(path))) for path in inputs]
+        changes["training"] = config.training.model_copy(update={"inputs": resolved})
     critic = config.critic
     if critic is not None and critic.start:  # otherwise the key must stay unset
-        changes["critic"] = critic.model_copy(update={"start": place(critic.start)})
+        changes["critic"] = critic.model_copy(update={"start": resolve(critic.start)})
     if config.changes:  # of the keys that can change, only models can be on the Hub
-        changes["changes"] = {start: _placed(change, place) for start, change in config.changes.items()}
+        changes["changes"] = {start: _resolved(change, resolve) for start, change in config.changes.items()}
     return config.model_copy(update=changes)
 
 
-def _placed(value: Any, place: Callable[[str], str]) -> Any:
+def _resolved(value: Any, resolve: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: _placed(inner, place) for key, inner in value.items()}
+        return {key: _resolved(inner, resolve) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_placed(inner, place) for inner in value]
-    return place(value) if isinstance(value, str) else value
+        return [_resolved(inner, resolve) for inner in value]
+    return resolve(value) if isinstance(value, str) else value
 
 
-def _with_data(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
-    """Apply `place` to every data set in the config."""
+def _with_data(config: RunConfig, resolve: Callable[[str], str]) -> RunConfig:
+    """Apply `resolve` to every data set in the config."""
 
-    def placed(section: Any, key: str) -> Any:
+    def resolved(section: Any, key: str) -> Any:
         source = getattr(section, key)
-        found = type(source)(place(str(source)))
+        found = type(source)(resolve(str(source)))
         return section if found == source else section.model_copy(update={key: found})
 
     prompts = config.prompts
-    update = {"heldout": placed(prompts.heldout, "source")}
+    update = {"heldout": resolved(prompts.heldout, "source")}
     if prompts.train is not None:
-        update["train"] = placed(prompts.train, "source")
+        update["train"] = resolved(prompts.train, "source")
     if prompts.mixture is not None:
-        update["mixture"] = {name: placed(section, "source") for name, section in prompts.mixture.items()}
+        update["mixture"] = {name: resolved(section, "source") for name, section in prompts.mixture.items()}
     changes: dict[str, Any] = {}
     if any(value != getattr(prompts, key) for key, value in update.items()):
         changes["prompts"] = prompts.model_copy(update=update)
     if config.sft is not None:
-        changes["sft"] = placed(config.sft, "demonstrations")
+        changes["sft"] = resolved(config.sft, "demonstrations")
     if config.offline is not None:
-        changes["offline"] = placed(config.offline, "source")
+        changes["offline"] = resolved(config.offline, "source")
     if (section := config.reward_model) is not None:
-        changes["reward_model"] = section.model_copy(update={"prompts": placed(section.prompts, "source")})
+        changes["reward_model"] = section.model_copy(update={"prompts": resolved(section.prompts, "source")})
     return config.model_copy(update=changes)
 
 

@@ -52,17 +52,17 @@ def preflight(graph: Graph, environments: EnvironmentsSection) -> list[Finding]:
         *scorers_without_answers(graph, sampled.unanswered),
         *too_small_sets(graph, sampled.counts),
     ]
-    asked = {name: stages for name in usable if (stages := requests_of(graph, name))}
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(asked))) as pool:
+    requests = {name: stages for name in usable if (stages := requests_of(graph, name))}
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(requests))) as pool:
         answers = pool.map(
             lambda name: _answer(
-                environments, name, "contracts.preflight", PreflightRequest(asked[name], conversations),
+                environments, name, "contracts.preflight", PreflightRequest(requests[name], conversations),
                 PreflightReport, _sources(graph, name), keep=not _servers(graph, name),
             ),
-            asked,
+            requests,
         )  # fmt: skip
-        with waiting(f"checking models and data in the environments of {', '.join(asked)}"):
-            reports = dict(zip(asked, answers, strict=True))
+        with waiting(f"checking models and data in the environments of {', '.join(requests)}"):
+            reports = dict(zip(requests, answers, strict=True))
     for report in reports.values():
         findings += report.findings
     findings += differing_probes({name: report.probes for name, report in reports.items()})

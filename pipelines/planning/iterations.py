@@ -10,13 +10,13 @@ MAX_ACCUMULATED = 1_000
 """Maximum number of iterations if each reads data of all earlier ones."""
 
 
-def require_iterations(config: RunConfig, asked: int | None) -> int:
+def require_iterations(config: RunConfig, requested: int | None) -> int:
     """The number of iterations that a command asks for: `--iters`, or the config's.
 
     Raises:
         UserError: the number is negative, or larger than a run may have.
     """
-    wanted, name = (config.iterations, "iterations") if asked is None else (asked, "--iters")
+    wanted, name = (config.iterations, "iterations") if requested is None else (requested, "--iters")
     if not 0 <= wanted <= MAX_ITERATIONS:
         raise UserError(f"{name} is {wanted}; it must be from 0 to {MAX_ITERATIONS}.")
     curriculum = config.prompts.curriculum

@@ -40,7 +40,7 @@ def place_stage(node: Node, given: Placement, sizes: Mapping[str, Any], cluster:
     Raises:
         UserError: the layout does not fit on the devices, or its sizes contradict each other.
     """
-    node = replace(node, config=_laid_out(node, sizes), placement=given)
+    node = replace(node, config=_with_layout(node, sizes), placement=given)
     entry = cluster.executor.entry(node)
     config = (
         _config_on_this_machine(node, cluster)
@@ -76,7 +76,7 @@ def configured_sizes(node: Node, placement: PlacementSection) -> dict[str, Any]:
     return {key: size for key, size in sizes.items() if key in node.stage.layout_keys}
 
 
-def _laid_out(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
+def _with_layout(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
     try:
         config: StageConfig = node.stage.with_layout(node.config, sizes) if sizes else node.config
     except UserError as error:
@@ -101,15 +101,15 @@ def _config_on_this_machine(node: Node, cluster: Cluster) -> StageConfig:
     if not cluster.is_divided:
         whole: StageConfig = node.stage.spread(node.config, cluster.gpus)
         return _spread_over_machines(node, whole, cluster)
-    had = len(node.placement.devices) if cluster.gpus else 0
-    config: StageConfig = node.stage.spread(node.config, had)
+    available = len(node.placement.devices) if cluster.gpus else 0
+    config: StageConfig = node.stage.spread(node.config, available)
     processes = node.stage.layout(config).processes
-    if had and (wanted := processes * max(1, node.gpus)) > had:
+    if available and (wanted := processes * max(1, node.gpus)) > available:
         each = "1 process" if processes == 1 else f"{processes} processes"
         where = f"its pool {node.placement.pool} has" if node.placement.pool else "its part of the machine has"
         raise UserError(
             f"stage {node.name} takes {plural(wanted, 'GPU')} ({each} of {max(1, node.gpus)}), but "
-            f"{where} {had}. Give it more in placement.pools, or fewer processes."
+            f"{where} {available}. Give it more in placement.pools, or fewer processes."
         )
     return _spread_over_machines(node, config, cluster)
 

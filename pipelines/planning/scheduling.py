@@ -90,10 +90,10 @@ def streams(graph: Graph, config: RunConfig) -> Streams:
     """The stages that stream from others; after the other stage has ended, the work on its last shard remains."""
     found = {}
     for node in graph.nodes.values() if config.placement.streaming else ():
-        maker = graph.streams_from(node)
-        if maker is not None:
-            answers = GraphOutlook(graph).answers_of(maker.output)
-            found[node.name] = (maker.name, 1 / max(1, answers.shards) if answers is not None else 1.0)
+        producer = graph.streams_from(node)
+        if producer is not None:
+            answers = GraphOutlook(graph).answers_of(producer.output)
+            found[node.name] = (producer.name, 1 / max(1, answers.shards) if answers is not None else 1.0)
     return found
 
 
@@ -182,8 +182,8 @@ def simulate_schedule(
     for number, own in enumerate(needs):
         for need in own:
             dependents[need].append(number)
-    maker = [rank.get(streams[node.name][0]) if node.name in streams else None for node in left]
-    followers = [number for number, followed in enumerate(maker) if followed is not None]
+    producer = [rank.get(streams[node.name][0]) if node.name in streams else None for node in left]
+    followers = [number for number, followed in enumerate(producer) if followed is not None]
 
     turn = Admission(cluster)
     now = effort = (
@@ -193,7 +193,7 @@ def simulate_schedule(
     ends: list[tuple[float, int]] = []  # ends of attempts, in effort
     timers: list[tuple[float, int, str]] = []  # ends of queueing, of pauses and of finalizing jobs, in time
     idle = [True] * len(left)
-    asked: dict[int, float] = {}
+    submitted: dict[int, float] = {}
     begun: dict[int, float] = {}
     held = [0.0] * len(left)
     since = [0.0] * len(left)
@@ -216,7 +216,7 @@ def simulate_schedule(
 
     def start(number: int) -> None:
         idle[number] = False
-        asked.setdefault(number, now)
+        submitted.setdefault(number, now)
         if work[number].queue:
             heapq.heappush(timers, (now + work[number].queue, number, QUEUED))
         else:
@@ -230,8 +230,8 @@ def simulate_schedule(
             demand(work[number].demand)
         if failures[number]:
             heapq.heappush(ends, (effort + failures[number][0][0], number))
-        elif waiting[number] and maker[number] in at_work:  # it streams, and cannot end before its maker does
-            followed.setdefault(maker[number], []).append((effort, number))  # type: ignore[arg-type]
+        elif waiting[number] and producer[number] in at_work:  # it streams, and cannot end before its maker does
+            followed.setdefault(producer[number], []).append((effort, number))  # type: ignore[arg-type]
         else:
             heapq.heappush(ends, (effort + work[number].seconds, number))
 
@@ -253,7 +253,7 @@ def simulate_schedule(
 
     def publish(number: int) -> None:
         name = left[number].name
-        found[name] = StageTimes(asked[number], begun[number], now, held[number])
+        found[name] = StageTimes(submitted[number], begun[number], now, held[number])
         for start_effort, follower in followed.pop(number, ()):
             seconds = work[follower].seconds
             least = reached[number] + streams[left[follower].name][1] * seconds
@@ -265,7 +265,7 @@ def simulate_schedule(
                 heapq.heappush(lines[dependent], dependent)
 
     followed: dict[int, list[tuple[float, int]]] = {}
-    for number in sorted((rank[name] for name in running if name in rank), key=lambda one: maker[one] is not None):
+    for number in sorted((rank[name] for name in running if name in rank), key=lambda one: producer[one] is not None):
         turn.take(places[number])
         start(number)
     for number, count in enumerate(waiting):
@@ -284,7 +284,7 @@ def simulate_schedule(
                 if ready[place]:
                     heapq.heappush(fronts, (ready[place][0], place))
         for number in followers:
-            one = maker[number]
+            one = producer[number]
             can_follow = idle[number] and waiting[number] == 1 and one in at_work and not waiting[one]
             if can_follow and turn.admits(places[number]):
                 pass_time(start_seconds)
@@ -349,17 +349,17 @@ def _earliest(
         name = node.name
         if name not in seconds:
             continue
-        maker, share = streams.get(name, ("", 0.0))
-        known = [need for need in node.needs if need in ends and need != maker]
+        producer, share = streams.get(name, ("", 0.0))
+        known = [need for need in node.needs if need in ends and need != producer]
         last = max(known, key=ends.__getitem__, default=None)
         start = ends[last] if last is not None else 0.0
         end = start + seconds[name]
-        if maker in ends:
-            start = max(start, starts[maker])
+        if producer in ends:
+            start = max(start, starts[producer])
             end = start + seconds[name]
-            if ends[maker] + share * seconds[name] >= end or last is None or starts[maker] >= ends[last]:
-                last = maker
-            end = max(end, ends[maker] + share * seconds[name])
+            if ends[producer] + share * seconds[name] >= end or last is None or starts[producer] >= ends[last]:
+                last = producer
+            end = max(end, ends[producer] + share * seconds[name])
         starts[name], ends[name], before[name] = start, end, last
     return ends, before
 

@@ -115,8 +115,8 @@ class Simulation:
         jobs = [
             node for node in self.order if node.placement is not None and node.placement.executor not in LOCAL_KINDS
         ]
-        there = sum(self.times[node.name].held * self.devices_of(node) for node in jobs)
-        return there + (0.0 if self.cluster.executor.is_remote else self.total * self.cluster.devices)
+        on_scheduler = sum(self.times[node.name].held * self.devices_of(node) for node in jobs)
+        return on_scheduler + (0.0 if self.cluster.executor.is_remote else self.total * self.cluster.devices)
 
     def devices_of(self, node: Node) -> int:
         """The number of devices that a stage holds, or requests from a scheduler."""
@@ -198,7 +198,7 @@ class Simulation:
                 (
                     other
                     for other, theirs in self.times.items()
-                    if ready < theirs.end <= times.submitted and self._share(node, nodes[other])
+                    if ready < theirs.end <= times.submitted and self._share_devices(node, nodes[other])
                 ),
                 key=lambda other: self.times[other].end,
                 default=None,
@@ -210,7 +210,7 @@ class Simulation:
             name = last
         return found[::-1]
 
-    def _share(self, one: Node, other: Node) -> bool:
+    def _share_devices(self, one: Node, other: Node) -> bool:
         places = one.placement, other.placement
         if places[0] is None or places[1] is None or places[0].executor != places[1].executor:
             return False

@@ -90,17 +90,17 @@ def _devices_of_pools(wanted: Iterable[str | None], cluster: Cluster) -> dict[st
     Raises:
         UserError: there are too few devices.
     """
-    there, unit, sections = cluster.devices, cluster.unit, cluster.placement.pools
-    has = f"this machine has {plural(there, unit)}" + ("" if cluster.gpus else " and no GPU")
+    available, unit, sections = cluster.devices, cluster.unit, cluster.placement.pools
+    has = f"this machine has {plural(available, unit)}" + ("" if cluster.gpus else " and no GPU")
     found: dict[str, tuple[int, ...]] = {}
     for name, section in sections.items():
         if isinstance(section.devices, list):
-            if beyond := [device for device in section.devices if device >= there]:
+            if beyond := [device for device in section.devices if device >= available]:
                 raise UserError(
                     f"placement.pools.{name} has device {beyond[0]}, but {has}, counted from 0. Name others."
                 )
             found[name] = tuple(section.devices)
-    free = [device for device in range(there) if not any(device in had for had in found.values())]
+    free = [device for device in range(available) if not any(device in had for had in found.values())]
     for name, section in sections.items():
         if isinstance(section.devices, int):
             if section.devices > len(free):
@@ -126,16 +126,16 @@ def _parts(graph: Graph, nodes: list[Node], cluster: Cluster) -> dict[str, tuple
     The first scorers get the larger parts. If there are more scorers than devices, each gets one device, and some take
     turns.
     """
-    alike: dict[int | None, list[Node]] = {}
+    nodes_by_iteration: dict[int | None, list[Node]] = {}
     for node in graph.nodes.values():
-        alike.setdefault(node.iteration, []).append(node)
+        nodes_by_iteration.setdefault(node.iteration, []).append(node)
     levels: dict[str | None, dict[str, int]] = {}
     groups: dict[tuple[str | None, int], list[Node]] = {}
     for node in nodes:
         if node.workload == "scoring":
             answers = graph.producer_name(node.path("rollouts"))
             if answers not in levels:
-                levels[answers] = _levels(answers, alike[node.iteration])
+                levels[answers] = _levels(answers, nodes_by_iteration[node.iteration])
             groups.setdefault((answers, levels[answers].get(node.name, 0)), []).append(node)
     found: dict[str, tuple[int, ...]] = {}
     for group in groups.values():

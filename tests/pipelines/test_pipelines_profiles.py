@@ -29,7 +29,7 @@ from pipelines.planning.profiles.analytic import (
     compute_seconds,
     decode_seconds,
     forward_operations,
-    matrices,
+    matrix_parameters,
     training_seconds,
 )
 from pipelines.planning.profiles.datasheets import data_sheet, data_sheets, matching_sheet
@@ -111,7 +111,7 @@ class TestStore:
         assert [found.id for found in latest_of_each(rows)] == [found.id for found in rows[-2 * MAX_PER_GROUP :]]
         store = ProfileStore(tmp_path)
         store.append(rows)
-        monkeypatch.setattr("pipelines.planning.profiles.store.MOST_BYTES", 1000)
+        monkeypatch.setattr("pipelines.planning.profiles.store.MAX_BYTES", 1000)
         store.append([row(59)])
         assert [found.id for found in store.read()] == [found.id for found in latest_of_each([*rows, row(59)])]
 
@@ -163,7 +163,7 @@ class TestAnalytic:
 
     def test_a_forward_pass_takes_two_operations_for_each_parameter_and_token(self) -> None:
         embedding = LLAMA_8B.vocabulary * LLAMA_8B.hidden
-        assert matrices(LLAMA_8B) == pytest.approx(LLAMA_8B.parameters - 2 * embedding, rel=0.01)
+        assert matrix_parameters(LLAMA_8B) == pytest.approx(LLAMA_8B.parameters - 2 * embedding, rel=0.01)
         without_attention = forward_operations(LLAMA_8B, 1000, 0, 1000)
         assert without_attention == pytest.approx(2 * 1000 * (LLAMA_8B.parameters - embedding), rel=0.01)
 

@@ -54,7 +54,7 @@ class Costs:
     handoff: float
 
 
-def matrices(size: Size) -> int:
+def matrix_parameters(size: Size) -> int:
     """M: parameters in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i a
     layer."""
     layer = 2 * size.hidden * (size.query_width + size.key_width) + 3 * size.hidden * size.intermediate
@@ -66,7 +66,7 @@ def forward_operations(size: Size, tokens: int, length: int, logits: int) -> flo
     pair of tokens that attend to each other; a token attends to `length` / 2 on average (Kaplan et al. 2020, arXiv
     2001.08361)."""
     attention = 4 * size.layers * size.query_width * tokens * (length / 2)
-    return 2.0 * matrices(size) * tokens + 2.0 * size.vocabulary * size.hidden * logits + attention
+    return 2.0 * matrix_parameters(size) * tokens + 2.0 * size.vocabulary * size.hidden * logits + attention
 
 
 def compute_seconds(work: Operations, sheet: DataSheet) -> float:
@@ -78,12 +78,12 @@ def compute_seconds(work: Operations, sheet: DataSheet) -> float:
     return FIRST_SECONDS + scoring_seconds(work, sheet)
 
 
-def _roof(operations: float, moved: float, number: int, sheet: DataSheet) -> float:
-    return max(operations / (COMPUTE_SHARE * sheet.rate(number)), moved / (BANDWIDTH_SHARE * sheet.bandwidth))
+def _roofline(operations: float, bytes_moved: float, number: int, sheet: DataSheet) -> float:
+    return max(operations / (COMPUTE_SHARE * sheet.rate(number)), bytes_moved / (BANDWIDTH_SHARE * sheet.bandwidth))
 
 
-def _collective(moved: float, sheet: DataSheet, *, far: bool = False) -> float:
-    return moved / (LINK_SHARE * (sheet.network if far else sheet.link)) + COLLECTIVE_SECONDS
+def _collective(bytes_moved: float, sheet: DataSheet, *, across_machines: bool = False) -> float:
+    return bytes_moved / (LINK_SHARE * (sheet.network if across_machines else sheet.link)) + COLLECTIVE_SECONDS
 
 
 def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
@@ -91,8 +91,10 @@ def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
     size, copies = work.model, max(1, work.layout.dp)
     passes = math.ceil(work.tokens / max(1, work.batch) / copies)
     operations = forward_operations(size, work.tokens, work.length, work.logits) / copies
-    moved = passes * size.parameters * work.number
-    return _roof(operations, moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    bytes_moved = passes * size.parameters * work.number
+    return (
+        _roofline(operations, bytes_moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    )
 
 
 def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
@@ -102,8 +104,10 @@ def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
     tokens = work.prompt_tokens / copies
     passes = math.ceil(tokens / 2048)
     operations = forward_operations(size, work.prompt_tokens, work.length, 0) / copies / parts
-    moved = passes * size.parameters * work.number / parts
-    seconds = _roof(operations, moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    bytes_moved = passes * size.parameters * work.number / parts
+    seconds = (
+        _roofline(operations, bytes_moved, work.number, sheet) + passes * size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    )
     if parts > 1:
         seconds += passes * size.layers * 2 * _all_reduce(tokens / passes * size.hidden * work.number, parts, sheet)
     return seconds
@@ -118,16 +122,16 @@ def decode_seconds(work: Operations, sheet: DataSheet) -> float:
     steps = math.ceil(work.answer_tokens / copies / batch)
     operations = forward_operations(size, batch, work.length, batch) / parts
     cache = batch * size.cache_elements * work.number * work.length / 2
-    moved = (size.parameters * work.number + cache) / parts
-    step = _roof(operations, moved, work.number, sheet) + size.layers * DISPATCH_SECONDS[sheet.is_gpu]
+    bytes_moved = (size.parameters * work.number + cache) / parts
+    step = _roofline(operations, bytes_moved, work.number, sheet) + size.layers * DISPATCH_SECONDS[sheet.is_gpu]
     if parts > 1:
         step += size.layers * 2 * _all_reduce(batch * size.hidden * work.number, parts, sheet)
     return steps * step
 
 
-def _all_reduce(moved: float, parts: int, sheet: DataSheet, *, far: bool = False) -> float:
+def _all_reduce(bytes_moved: float, parts: int, sheet: DataSheet, *, across_machines: bool = False) -> float:
     """Time of a ring all-reduce: 2 (n - 1) / n of the bytes pass each process."""
-    return _collective(2 * (parts - 1) / parts * moved, sheet, far=far)
+    return _collective(2 * (parts - 1) / parts * bytes_moved, sheet, across_machines=across_machines)
 
 
 def training_seconds(work: Operations, sheet: DataSheet) -> float:
@@ -146,41 +150,45 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
     size, layout, steps = work.model, work.layout, max(1, work.steps)
     dp, tp, pp, sp = (max(1, part) for part in (layout.dp, layout.tp, layout.pp, layout.sp))
     sharing = dp * sp
-    far = layout.nodes > 1 or layout.processes > sheet.devices
+    across_machines = layout.nodes > 1 or layout.processes > sheet.devices
     tokens = work.passes * work.tokens / steps / dp / sp  # per step and process
-    micro = max(1, math.ceil(tokens * sp / max(1, work.batch)))
-    few = work.trained < size.parameters / 10
-    factor = (2 if few else 3) + work.recomputes
+    micro_batches = max(1, math.ceil(tokens * sp / max(1, work.batch)))
+    trains_few = work.trained < size.parameters / 10
+    factor = (2 if trains_few else 3) + work.recomputes
     logits = work.passes * work.logits / steps / dp / sp
     operations = (factor + work.beside) * forward_operations(size, 1, work.length, 0) * tokens
     operations += (factor + work.beside) * 2.0 * size.vocabulary * size.hidden * logits
-    moved = micro * (factor + work.beside) * size.parameters * work.number
-    passes = micro * (factor + work.beside)
+    bytes_moved = micro_batches * (factor + work.beside) * size.parameters * work.number
+    passes = micro_batches * (factor + work.beside)
     dispatch = passes * size.layers / pp * DISPATCH_SECONDS[sheet.is_gpu]
-    compute = _roof(operations, moved, work.number, sheet) / tp / pp + dispatch
+    compute = _roofline(operations, bytes_moved, work.number, sheet) / tp / pp + dispatch
     layers = size.layers / pp
-    activations = tokens / micro * size.hidden * work.number
+    activations = tokens / micro_batches * size.hidden * work.number
     if tp > 1:
-        compute += micro * layers * (4 + 2 * work.recomputes) * _all_reduce(activations, tp, sheet)
+        compute += micro_batches * layers * (4 + 2 * work.recomputes) * _all_reduce(activations, tp, sheet)
     if sp > 1:
-        compute += micro * layers * factor * 4 * _collective(activations, sheet)
+        compute += micro_batches * layers * factor * 4 * _collective(activations, sheet)
     if pp > 1:
-        compute += micro * 2 * _collective(activations, sheet, far=far)
-        compute *= (micro + pp - 1) / micro
+        compute += micro_batches * 2 * _collective(activations, sheet, across_machines=across_machines)
+        compute *= (micro_batches + pp - 1) / micro_batches
     trained = work.trained / tp / pp
     seconds = compute
     gathers = layout.zero in (3, "fsdp2")
     if sharing > 1:
-        seconds += _all_reduce((work.number if layout.zero else 4) * trained, sharing, sheet, far=far)
+        seconds += _all_reduce(
+            (work.number if layout.zero else 4) * trained, sharing, sheet, across_machines=across_machines
+        )
     if sharing > 1 and gathers:
         weights = size.parameters / tp / pp * work.number * (sharing - 1) / sharing
-        seconds += micro * (2 + work.recomputes) * _collective(weights, sheet, far=far)
+        seconds += micro_batches * (2 + work.recomputes) * _collective(weights, sheet, across_machines=across_machines)
     owned = trained / (sharing if layout.zero else 1)
     seconds += owned * OPTIMIZER_BYTES[True] / (BANDWIDTH_SHARE * sheet.bandwidth)
     if "optimizer" in layout.offload:
         seconds += owned * (4 + work.number) / (LINK_SHARE * sheet.pcie)
     if "param" in layout.offload:
-        seconds += micro * (2 + work.recomputes) * size.parameters * work.number / sharing / (LINK_SHARE * sheet.pcie)
+        seconds += (
+            micro_batches * (2 + work.recomputes) * size.parameters * work.number / sharing / (LINK_SHARE * sheet.pcie)
+        )
     return steps * seconds
 
 

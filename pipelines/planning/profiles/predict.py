@@ -192,8 +192,8 @@ class ProfilePredictor:
         if estimate is None:
             return None
         errors = self._all_errors()[estimate.basis]
-        own, all_of_them = errors.get(features.stage, []), [error for found in errors.values() for error in found]
-        known = own if len(own) >= MIN_COMPARISONS else all_of_them
+        own, all_errors = errors.get(features.stage, []), [error for found in errors.values() for error in found]
+        known = own if len(own) >= MIN_COMPARISONS else all_errors
         if len(known) < MIN_COMPARISONS:
             error, how = ASSUMED_ERRORS[estimate.basis], "too few runs to compare: its error is assumed"
         else:
@@ -222,7 +222,7 @@ class ProfilePredictor:
         near = sorted(tiers[tier], key=lambda row: self._distance(features, row))[:NEAREST]
         ratios = [self._ratios(features, row) for row in near]
         start = (features.first, features.executor in LOCAL_KINDS)
-        alike = any((row.first, row.executor in LOCAL_KINDS) == start for row in _same_loading(features, near))
+        matching = any((row.first, row.executor in LOCAL_KINDS) == start for row in _same_loading(features, near))
         return _Estimate(
             Costs(
                 start=self._start(features, near),
@@ -230,7 +230,7 @@ class ProfilePredictor:
                 compute=self._compute(near, ratios, tier),
                 handoff=_median(row.handoff * ratio.handoff for row, ratio in zip(near, ratios, strict=True)),
             ),
-            "measured" if tier == 0 and alike else "scaled",
+            "measured" if tier == 0 and matching else "scaled",
             len(near),
             max((row.memory for row in near if row.memory is not None), default=None) if tier == 0 else None,
         )
@@ -251,15 +251,15 @@ class ProfilePredictor:
         Args:
             rows: all profiles that may be used, the most similar first.
         """
-        alike = _same_loading(features, near) or _same_loading(features, rows)[:NEAREST]
+        matching = _same_loading(features, near) or _same_loading(features, rows)[:NEAREST]
         load = _median(
             row.load
             * self._ratios(features, row).load
             * self._processes_per_core(features)
             / self._processes_per_core(row)
-            for row in alike or near
+            for row in matching or near
         )
-        if not alike and features.loaded and features.work is not None:  # none of the profiles includes loading
+        if not matching and features.loaded and features.work is not None:  # none of the profiles includes loading
             return max(load, self._cost(features.work, features).load)
         return load
 
@@ -273,8 +273,8 @@ class ProfilePredictor:
         of_package = [row for rows in self._rows.values() for row in rows if row.package == features.package]
         for rows in (near, of_package):
             same = [row for row in rows if row.executor == features.executor and (_processes(row) > 1) == several]
-            if alike := [row.start for row in same if several or row.first == features.first]:
-                return _median(alike)
+            if matching := [row.start for row in same if several or row.first == features.first]:
+                return _median(matching)
         known = _median(row.start for row in near)
         if features.first or several or features.executor not in LOCAL_KINDS:
             known = max([known, self._default_start(features), *(row.start for row in of_package if row.first)])
@@ -303,8 +303,8 @@ class ProfilePredictor:
     def _queue(self, features: StageFeatures) -> float:
         """The median queue time of jobs of the same stage, which request as much; else of all jobs of the scheduler."""
         jobs = [row for rows in self._rows.values() for row in rows if row.executor == features.executor]
-        alike = [row for row in jobs if row.stage == features.stage]
-        return _median(row.queue for row in alike or jobs) if jobs else QUEUE_SECONDS
+        matching = [row for row in jobs if row.stage == features.stage]
+        return _median(row.queue for row in matching or jobs) if jobs else QUEUE_SECONDS
 
     def _finish(self, features: StageFeatures) -> float:
         """The median time of jobs that publish what tasks have made; those that finalize trainings are similar."""

@@ -167,7 +167,7 @@ def start_states(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
     """
     firsts: dict[str, str] = {}
     left: dict[str, frozenset[str]] = {}
-    had: Counter[str] = Counter()
+    earlier: Counter[str] = Counter()
     labels = {name: node.stage.label(node.config) for name, node in graph.nodes.items()}
     for node in graph.nodes.values():
         firsts.setdefault(node.environment, node.name)
@@ -175,9 +175,9 @@ def start_states(graph: Graph, parallel: int) -> dict[str, tuple[bool, bool]]:
     found = {}
     for node in graph.by_urgency():
         label = labels[node.name]
-        inherits = any(label in left.get(need, ()) for need in node.needs) or had[label] >= parallel
+        inherits = any(label in left.get(need, ()) for need in node.needs) or earlier[label] >= parallel
         found[node.name] = firsts[node.environment] == node.name, not (label and inherits)
-        had[label] += 1
+        earlier[label] += 1
     return found
 
 
@@ -242,9 +242,9 @@ def _on_gpu(node: Node, manifest: Manifest) -> bool:
 
 
 def _device(manifest: Manifest, *, on_gpu: bool) -> str:
-    told = manifest.hardware.get("gpu" if on_gpu else "processor")
-    if told:
-        return str(told)
+    reported = manifest.hardware.get("gpu" if on_gpu else "processor")
+    if reported:
+        return str(reported)
     here = device_here()
     if on_gpu == (matching_sheet(here) is not None):
         return here

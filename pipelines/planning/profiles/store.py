@@ -23,7 +23,7 @@ FOLDER = "RATCHET_PROFILES"
 OFF = "off"
 PATIENCE = 5.0
 """Seconds that a run waits while another one appends."""
-MOST_BYTES = 8 << 20
+MAX_BYTES = 8 << 20
 """Size above which a file is reduced to the latest profiles of each kind."""
 MAX_PER_GROUP = 12
 """How many profiles of equal stages (`Profile.match_key`) are kept."""
@@ -70,7 +70,7 @@ class ProfileStore:
                 file.write(b"".join(msgspec.json.encode(profile) + b"\n" for profile in new))
                 file.flush()
                 count += len(new)
-                if len(content) > MOST_BYTES:
+                if len(content) > MAX_BYTES:
                     kept = latest_of_each([*decode_profiles(content), *new])
                     write_atomically(path, b"".join(msgspec.json.encode(profile) + b"\n" for profile in kept))
         return count

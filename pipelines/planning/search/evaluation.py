@@ -287,7 +287,7 @@ def peak_memory(
     if sum(sizes[name] for name in names[:at_once]) <= room:
         return sum(sizes[name] for name in names[:at_once])
 
-    def go_together(one: str, other: str) -> bool:
+    def can_run_together(one: str, other: str) -> bool:
         mine, theirs = places[one], places[other]
         if other not in concurrent[one] or mine is None or theirs is None:
             return False
@@ -303,7 +303,7 @@ def peak_memory(
                 return
             if chosen + sum(sizes[other] for other in left[number : number + at_once - count]) <= best:
                 return
-            fitting = [other for other in left[number + 1 :] if go_together(name, other)]
+            fitting = [other for other in left[number + 1 :] if can_run_together(name, other)]
             extend(chosen + sizes[name], fitting, count + 1)
 
     extend(0, names, 0)
@@ -403,13 +403,13 @@ class PlanTable:
             return [everything] * len(self.roles)
         pools = pool_devices(plan.pools)
         found = [everything if place == WHOLE else pools[place] for place in plan.places]
-        open_ = frozenset(
+        unpooled = frozenset(
             role.name
             for role, place in zip(self.roles, plan.places, strict=True)
             if place == WHOLE and role.workload == "scoring"
         )
-        if open_:
-            parts = self._parts_of(open_)
+        if unpooled:
+            parts = self._parts_of(unpooled)
             found = [parts.get(role.name, had) for role, had in zip(self.roles, found, strict=True)]
         return found
 

@@ -72,16 +72,16 @@ def open_plans(table: PlanTable) -> Iterator[PlanChoice]:
 
 def _places(table: PlanTable) -> Iterator[PlanChoice]:
     count = len(table.roles)
-    nothing: tuple[Layout, ...] = ((),) * count
-    yield PlanChoice(False, (), (WHOLE,) * count, nothing)
+    no_layouts: tuple[Layout, ...] = ((),) * count
+    yield PlanChoice(False, (), (WHOLE,) * count, no_layouts)
     if not table.devices:  # a scheduler's jobs have the devices that they request
         return
-    yield PlanChoice(True, (), (WHOLE,) * count, nothing)
+    yield PlanChoice(True, (), (WHOLE,) * count, no_layouts)
     for number in range(1, min(MAX_POOLS, table.devices, count) + 1):
         for pools in pool_divisions(table.devices, number):
             for places in itertools.product(range(WHOLE, number), repeat=count):
                 if set(range(number)) <= set(places):
-                    yield PlanChoice(True, pools, places, nothing)
+                    yield PlanChoice(True, pools, places, no_layouts)
 
 
 class _Search:
@@ -154,27 +154,27 @@ class _Search:
     def _simple(self) -> Iterator[PlanChoice]:
         table = self.table
         count = len(table.roles)
-        nothing: tuple[Layout, ...] = ((),) * count
+        no_layouts: tuple[Layout, ...] = ((),) * count
         whole = (WHOLE,) * count
-        yield PlanChoice(False, (), whole, nothing)
+        yield PlanChoice(False, (), whole, no_layouts)
         if not table.devices:
             return
-        yield PlanChoice(True, (), whole, nothing)
+        yield PlanChoice(True, (), whole, no_layouts)
         kinds = [role.workload for role in table.roles]
         scorers = [number for number, kind in enumerate(kinds) if kind == "scoring"]
         for pools in pool_divisions(table.devices, 2):
             for first in (0, 1):
                 places = tuple(1 - first if kind == "training" else first for kind in kinds)
-                yield PlanChoice(True, pools, places, nothing)
+                yield PlanChoice(True, pools, places, no_layouts)
         for pools in pool_divisions(table.devices, 3) if scorers else ():
             for order in itertools.permutations(range(3)):
                 of = dict(zip(("generation", "scoring", "training"), order, strict=True))
                 if set(kinds) == set(of):
-                    yield PlanChoice(True, pools, tuple(of[kind] for kind in kinds), nothing)
+                    yield PlanChoice(True, pools, tuple(of[kind] for kind in kinds), no_layouts)
         for number in range(2, min(len(scorers), MAX_POOLS, table.devices) + 1):
             turns = {role: turn % number for turn, role in enumerate(scorers)}
             for pools in pool_divisions(table.devices, number):
-                yield PlanChoice(True, pools, tuple(turns.get(role, WHOLE) for role in range(count)), nothing)
+                yield PlanChoice(True, pools, tuple(turns.get(role, WHOLE) for role in range(count)), no_layouts)
 
     def run_chains(self) -> None:
         """Run Markov chains from the best starts, with falling temperature."""
@@ -182,17 +182,17 @@ class _Search:
         starts = [plan for _, plan in self.starts]
         firsts = list({(plan.divided, plan.pools): plan for plan in reversed(starts)}.values())[::-1][:CHAINS]
         for start in firsts:
-            now, cost = start, self.table.cost(start)
+            current, cost = start, self.table.cost(start)
             assert cost is not None
             for step in range(steps):
                 if self.is_over():
                     return
-                proposed = self._changed(now)
-                if proposed is None or proposed == now or (other := self.evaluate(proposed)) is None:
+                proposed = self._changed(current)
+                if proposed is None or proposed == current or (other := self.evaluate(proposed)) is None:
                     continue
-                heat = HOT * (COLD / HOT) ** (step / steps) * max(self._least[0], 1e-9)
-                if other[0] <= cost[0] or self._chance.random() < math.exp((cost[0] - other[0]) / heat):
-                    now, cost = proposed, other
+                temperature = HOT * (COLD / HOT) ** (step / steps) * max(self._least[0], 1e-9)
+                if other[0] <= cost[0] or self._chance.random() < math.exp((cost[0] - other[0]) / temperature):
+                    current, cost = proposed, other
 
     def _changed(self, plan: PlanChoice) -> PlanChoice | None:
         """A random neighbour of a plan; None if the change is not possible."""

@@ -76,26 +76,28 @@ def search_plan(setting: SearchedRun, *, seed: int = 0, seconds: float = math.in
     Raises:
         UserError: a stage has no prediction in any layout, or no plan is possible.
     """
-    _require_pools_of_this_machine(setting)
+    _require_local_pools(setting)
     fixed, impossible = _fixed(setting)
-    short = _searched(setting)
-    table = PlanTable(short)
+    short_run = _searched(setting)
+    table = PlanTable(short_run)
     _require_known(table)
     finding = explore(table, seed=seed, seconds=0.7 * seconds)
     found = _evaluated(setting, table, finding)
     shapes = {shape for run in fixed.values() for shape in run.shapes.values()}
-    narrow = PlanTable(short, table.options, shapes)
+    narrow = PlanTable(short_run, table.options, shapes)
     cautious = _evaluated(setting, narrow, explore(narrow, seed=seed, seconds=0.3 * seconds))
     if not fixed and found is None:
         raise UserError("\n  ".join(["no plan fits this run:", *dict.fromkeys(impossible.values())]))
     best = min(fixed, key=lambda name: fixed[name].seconds, default=None)
     comparison = compare(found, fixed[best], seed=seed) if found is not None and best is not None else None
-    careful = compare(cautious, fixed[best], seed=seed) if cautious is not None and best is not None else None
+    cautious_comparison = (
+        compare(cautious, fixed[best], seed=seed) if cautious is not None and best is not None else None
+    )
     plans = plans_of(fixed, found, cautious)
     errors = {name: error_of(run, seed=seed) for name, run in plans.items()}
     own = AS_WRITTEN if AS_WRITTEN in fixed else str(setting.config.placement.strategy)
     over_own = compare(fixed[best], fixed[own], seed=seed) if best is not None and own in fixed else None
-    name, reason = _choice(best, comparison, careful, own, over_own)
+    name, reason = _choice(best, comparison, cautious_comparison, own, over_own)
     left_out: Counter[str] = sum(table.options.left_out.values(), Counter())
     cost = table.cost(finding.plan) if finding.plan is not None else None
     return SearchResult(
@@ -153,7 +155,7 @@ def adopt(result: SearchResult, name: str) -> SearchResult:
     return replace(result, adopted=plans[name], name=name, reason=reason)
 
 
-def _require_pools_of_this_machine(setting: SearchedRun) -> None:
+def _require_local_pools(setting: SearchedRun) -> None:
     if setting.is_jobs:
         return
     for name, pool in setting.config.placement.pools.items():
@@ -209,7 +211,7 @@ def _require_known(table: PlanTable) -> None:
 def _choice(
     best: str | None,
     comparison: PlanComparison | None,
-    careful: PlanComparison | None,
+    cautious_comparison: PlanComparison | None,
     own: str,
     over_own: PlanComparison | None,
 ) -> tuple[str, str]:
@@ -218,43 +220,46 @@ def _choice(
     Args:
         best: the fastest strategy, if any is possible.
         comparison: the found plan compared with it.
-        careful: the cautious plan compared with it.
+        cautious_comparison: the cautious plan compared with it.
         own: the config's own plan.
         over_own: the fastest strategy compared with the config's own plan, if that is possible.
     """
     if best is None:
         return FOUND, "none of the fixed strategies is possible"
     if comparison is not None and comparison.is_sure:
-        return FOUND, f"{_less(comparison, best)}, and is faster {_draws_won(comparison)}"
+        return FOUND, f"{_gain_text(comparison, best)}, and is faster {_share_won_text(comparison)}"
     if comparison is None:
         reason = "the search found no plan"
     elif comparison.gain <= 0:
         reason = f"no plan is expected to be faster than {best}"
     else:
-        reason = f"the found plan {_doubted(comparison, best)}"
-    if careful is not None and careful.is_sure:
-        return CAUTIOUS, f"{_less(careful, best)}, and is faster {_draws_won(careful)}; {reason}"
+        reason = f"the found plan {_uncertain_text(comparison, best)}"
+    if cautious_comparison is not None and cautious_comparison.is_sure:
+        return (
+            CAUTIOUS,
+            f"{_gain_text(cautious_comparison, best)}, and is faster {_share_won_text(cautious_comparison)}; {reason}",
+        )
     if over_own is None or best == own or over_own.is_sure:
         return best, reason
     if over_own.gain > 0:
-        reason += f"; {best} {_doubted(over_own, own)}"
+        reason += f"; {best} {_uncertain_text(over_own, own)}"
     return own, reason
 
 
-def _less(comparison: PlanComparison, than: str) -> str:
+def _gain_text(comparison: PlanComparison, than: str) -> str:
     gain, error = format_duration(comparison.gain), format_duration(comparison.error)
     return f"it is expected to be {gain} faster than {than}, ± {error}"
 
 
-def _doubted(comparison: PlanComparison, than: str) -> str:
+def _uncertain_text(comparison: PlanComparison, than: str) -> str:
     gain, error = format_duration(comparison.gain), format_duration(comparison.error)
     return (
         f"is expected to be {gain} faster than {than}, but the predictions may be wrong by ± {error}: it is faster "
-        f"{_draws_won(comparison)}, and {CONFIDENCE:.0%} are required"
+        f"{_share_won_text(comparison)}, and {CONFIDENCE:.0%} are required"
     )
 
 
-def _draws_won(comparison: PlanComparison) -> str:
+def _share_won_text(comparison: PlanComparison) -> str:
     return f"in {comparison.chance:.0%} of the draws of prediction errors"
 
 
@@ -262,7 +267,8 @@ def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
     """The differences between two plans: where each role runs, and in which layout."""
     rows = []
     if adopted.section.streaming != other.section.streaming:
-        rows.append(f"streaming: {_on(adopted.section.streaming)} instead of {_on(other.section.streaming)}")
+        mine, theirs = (_streaming_text(run.section.streaming) for run in (adopted, other))
+        rows.append(f"streaming: {mine} instead of {theirs}")
     before, after = role_placements(other), role_placements(adopted)
     for role, now in after.items():
         if before.get(role) != now:
@@ -270,7 +276,7 @@ def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
     return rows
 
 
-def _on(streaming: bool) -> str:
+def _streaming_text(streaming: bool) -> str:
     return "scorers start on finished shards" if streaming else "scorers wait for the whole generation"
 
 

@@ -140,10 +140,10 @@ class LayoutOptions:
         if key not in self._found and role.requested is not None:
             self._found[key] = self._of_jobs(role, devices)
         if key not in self._found:
-            given = self._given(role, devices, exclusive)
-            found = [*filter(None, [self._as_written(role, given, devices)])]
+            given = self._placement_for(role, devices, exclusive)
+            found = [*filter(None, [self._configured(role, given, devices)])]
             if self._on_gpu:  # a stage may use fewer GPUs than it is given
-                found += [option for used in process_counts(devices) for option in self._exactly(role, used)]
+                found += [option for used in process_counts(devices) for option in self._using_exactly(role, used)]
             else:
                 found += self._options(role, given, devices)
             self._found[key] = _best(found)
@@ -154,7 +154,7 @@ class LayoutOptions:
         others are not known; only the layouts of trainings vary, since an array has one copy per task."""
         given = role.nodes[-1].placement
         assert given is not None
-        written = self._as_written(role, given, devices)
+        written = self._configured(role, given, devices)
         found = [] if written is None else [written]
         if self._device.bytes == 0 and written is not None:
             self._rooms[role.name] = written.memory
@@ -163,38 +163,38 @@ class LayoutOptions:
                 found += self._options(role, given, used)
         return _best(found)
 
-    def _exactly(self, role: RoleStages, used: int) -> list[LayoutOption]:
+    def _using_exactly(self, role: RoleStages, used: int) -> list[LayoutOption]:
         """The layout options that use exactly this many GPUs."""
         if (role.name, used) not in self._exact:
-            self._exact[role.name, used] = self._options(role, self._given(role, used, True), used)
+            self._exact[role.name, used] = self._options(role, self._placement_for(role, used, True), used)
         return self._exact[role.name, used]
 
-    def _as_written(self, role: RoleStages, given: Placement, devices: int) -> LayoutOption | None:
+    def _configured(self, role: RoleStages, given: Placement, devices: int) -> LayoutOption | None:
         node = self._placed(role, (), given)
         found = self._option(role, (), node, devices) if node is not None else None
-        return self._whole(role, found, given) if found is not None else None
+        return self._for_all_stages(role, found, given) if found is not None else None
 
     def _options(self, role: RoleStages, given: Placement, devices: int) -> list[LayoutOption]:
         """The best layouts other than the config's."""
         found: list[LayoutOption] = []
         last = role.nodes[-1]
-        for sizes in _spreads(last, devices, self._is_usable(role), on_gpu=self._on_gpu):
+        for sizes in _process_layouts(last, devices, self._is_usable(role), on_gpu=self._on_gpu):
             layout = tuple(sorted(sizes.items()))
             if (node := self._placed(role, layout, given)) is None:
                 continue
-            for more in _batches(node):
+            for more in _micro_batches(node):
                 config = node.config.model_copy(update=more) if more else node.config
                 option = self._option(
                     role, tuple(sorted({**sizes, **more}.items())), replace(node, config=config), devices
                 )
                 found += [option] if option is not None else []
-        return [*filter(None, (self._whole(role, option, given) for option in _best(found)))]
+        return [*filter(None, (self._for_all_stages(role, option, given) for option in _best(found)))]
 
     def without_cost(self, role: RoleStages) -> bool:
         """Whether layouts of a role were left out because they have no prediction."""
         return self.left_out.get(role.name, Counter())[NO_COST] > 0
 
-    def _given(self, role: RoleStages, devices: int, exclusive: bool) -> Placement:
+    def _placement_for(self, role: RoleStages, devices: int, exclusive: bool) -> Placement:
         kind = str(self._clusters[exclusive].executor.entry(role.nodes[0]).kind)
         numbers = tuple(range(devices)) if exclusive or self._on_gpu else (0,)
         return Placement(kind, numbers, exclusive=exclusive)
@@ -239,7 +239,7 @@ class LayoutOptions:
             return None
         return LayoutOption(layout, (last,), (prediction,), needed)
 
-    def _whole(self, role: RoleStages, option: LayoutOption, given: Placement) -> LayoutOption | None:
+    def _for_all_stages(self, role: RoleStages, option: LayoutOption, given: Placement) -> LayoutOption | None:
         """Extend an option from the last stage to all stages of the role; None if one has no prediction."""
         nodes = [self._place(node, option.layout, given) for node in role.nodes[:-1]]
         known = [self._predicted(node) for node in nodes]
@@ -336,7 +336,7 @@ def process_counts(most: int) -> list[int]:
     return sorted(found | {most >> low << low})
 
 
-def _spreads(
+def _process_layouts(
     node: Node, devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the process layouts of a stage: on all of the GPUs, or on some of the cores."""
@@ -346,10 +346,10 @@ def _spreads(
         for count in [most] if on_gpu and most else process_counts(most):
             yield {"replicas": count}
     if "dp" in keys:
-        yield from _parallel(devices, is_usable, on_gpu=on_gpu)
+        yield from _parallel_sizes(devices, is_usable, on_gpu=on_gpu)
 
 
-def _batches(node: Node) -> Iterator[dict[str, Any]]:
+def _micro_batches(node: Node) -> Iterator[dict[str, Any]]:
     """Yield the micro-batch sizes of a training, with and without gradient checkpointing."""
     if "micro_batch_tokens" not in node.stage.layout_keys:
         yield {}
@@ -360,7 +360,9 @@ def _batches(node: Node) -> Iterator[dict[str, Any]]:
             yield {"micro_batch_tokens": size, "gradient_checkpointing": checkpointing}
 
 
-def _parallel(devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool) -> Iterator[dict[str, Any]]:
+def _parallel_sizes(
+    devices: int, is_usable: Callable[[int, int, int], bool], *, on_gpu: bool
+) -> Iterator[dict[str, Any]]:
     """Yield the sizes of a training's section `parallel`: for all GPUs, or for some of the cores."""
     for tp, pp, sp in itertools.product(
         process_counts(min(devices, 8)), process_counts(min(devices, 16)), process_counts(min(devices, 8))
