@@ -190,7 +190,7 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     ),
     "rows": (
         lambda run: forge(run.path / "iteration-001/pairs", rows=4),
-        "iteration-001/pairs/manifest.json: it says 4 rows, but 3",
+        "iteration-001/pairs/manifest.json: it has 4 rows, but its files add up to 3",
     ),
     "ledger": (
         lambda run: forge(run.path / "iteration-001/pairs", ledger=Ledger("pairs", 5, 3, {"ties": 1})),
@@ -447,7 +447,7 @@ def test_what_was_made_under_another_key_is_found_in_superseded(run: HandmadeRun
     run.pairs("iteration-001/pairs", run.path / "iteration-001/generation", run.path / "iteration-001/reward", 0.1)
     findings = verify(run.path)
     assert findings.problems == []
-    assert [note.partition(": it is what was read")[0] for note in findings.notes] == [str(aside)]
+    assert [note.partition(": it was read, but the run now has")[0] for note in findings.notes] == [str(aside)]
     assert "pairs of iteration-001/reference, pairs of iteration-001/training" in findings.notes[0]
     damaged = aside / "train.parquet"
     damaged.write_bytes(b"")
