@@ -56,7 +56,7 @@ def _poison(model: Any) -> None:
     for weight in model.parameters():
         if weight.dtype.is_floating_point:
             weight.data.fill_(math.nan)
-    for layer in model.modules():  # on a CPU this function has a packed copy, and the layer no other weights
+    for layer in model.modules():  # on a CPU a layer's only weights are a packed copy inside this function
         if hasattr(layer, "cpu_linear"):
             layer.cpu_linear = _without_weights
 

@@ -59,7 +59,7 @@ Statistics = dict[str, float | Tensor]
 """Step-wide scalars, and vectors with one number for each of the step's pairs or responses."""
 
 
-def lacking(need: str) -> UserError:
+def missing_need(need: str) -> UserError:
     """The error for an algorithm that uses an input that its NEEDS do not list."""
     return UserError(f'the algorithm uses what its NEEDS do not ask for. Add "{need}" to NEEDS in its file.')
 
@@ -137,7 +137,7 @@ class Answers:
     def log_ratio(self) -> Tensor:
         """log pi(y|x) - log pi_ref(y|x)."""
         if self.reference_logp is None:
-            raise lacking("reference")
+            raise missing_need("reference")
         return self.logp - self.reference_logp
 
     @property
@@ -315,7 +315,7 @@ class Step:
     statistics: Statistics
     """The summed metrics of `statistics`; vectors are in fp64 on the CPU."""
     state: dict[str, float]
-    """What `update` returned for the names in STATE in the previous step; in the first step the values in STATE."""
+    """The previous step's results of `update` for the names in STATE; in the first step their initial values."""
     generator: torch.Generator
     """Random generator, seeded the same in every process and differently in each step."""
 

@@ -42,7 +42,7 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What differs between training stages: data, loss, model class and head."""
+    """The parts of a training that differ between stages: data, loss, model class and head."""
 
     ledger: Ledger
     learning: Learning

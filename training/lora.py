@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685) by peft; they are merged into the published weights.
 
-W' = W + (alpha / rank) B A          A [rank, in], B [out, rank]; B begins as zero
+W' = W + (alpha / rank) B A          A [rank, in], B [out, rank]; B starts as zero
 """
 
 from typing import Any
@@ -46,11 +46,11 @@ def add_adapters(model: Any, section: LoraSection, seed: int) -> frozenset[str]:
             parameter.data = parameter.data.float()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if hasattr(head, "base_layer") and not hasattr(model, HEAD.rstrip(".")):
-        raise UserError(f"lora.targets={section.targets} names the LM head, which is not adapted. Leave it out.")
+        raise UserError(f"lora.targets={section.targets} includes the LM head, which cannot be adapted. Leave it out.")
     if hasattr(embedding, "base_layer") and head is not None and model.config.get_text_config().tie_word_embeddings:
         raise UserError(
-            f"lora.targets={section.targets} names the embedding, which is also the LM head of this model "
-            "(tie_word_embeddings), and an adapter would change one of the two only. Leave it out."
+            f"lora.targets={section.targets} includes the embedding, which is also the LM head of this model "
+            "(tie_word_embeddings), and an adapter would change only one of them. Leave it out."
         )
     return frozenset(name for name, layer in model.named_modules() if getattr(layer, "fan_in_fan_out", False))
 

@@ -61,27 +61,28 @@ def run(config: RewardConfig, context: Context) -> Outcome:
         }
     pairs = [pair for path in config.pairs for pair in read_pairs(path)]
     held_out = held_out_prompts({pair.prompt_id for pair in pairs}, config.eval_fraction, config.seed)
+    # The rows of each pair, by the id of its longest row, which decides whether the pair is usable.
     training: dict[int, tuple[Row, ...]] = {}
-    measured: dict[int, tuple[Row, ...]] = {}
+    evaluation: dict[int, tuple[Row, ...]] = {}
 
-    def longest() -> Iterator[Row]:
+    def longest_rows() -> Iterator[Row]:
         for pair in pairs:
             is_held_out = pair.prompt_id in held_out
             rows = make(pair, is_held_out)
             row = max(rows, key=lambda row: row.longest)
-            (measured if is_held_out else training)[id(row)] = rows
+            (evaluation if is_held_out else training)[id(row)] = rows
             yield row
 
     ledger = Ledger("pairs")
     kept = usable_rows(
-        longest(),
+        longest_rows(),
         ledger,
         limit=limit,
         vocabulary=vocabulary_size(model_config),
         max_dropped=config.max_dropped,
         what="pairs",
     )
-    rows, held_out_rows = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, measured))
+    rows, held_out_rows = ([row for keep in kept for row in some.get(id(keep), ())] for some in (training, evaluation))
     if not rows:
         raise UserError(f"eval_fraction={config.eval_fraction} holds out all {len(kept)} pairs; lower it.")
     report = partial(evaluate_pairs, orders=2 if pairwise else 1)

@@ -122,5 +122,5 @@ def test_adapters_that_would_not_count_are_refused(
     which: str, target: str, models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = dpo_settings(models, pairs, tmp_path / "out", model=models[which])
-    with pytest.raises(UserError, match=r"names the (LM head|embedding)"):
+    with pytest.raises(UserError, match=r"includes the (LM head|embedding)"):
         run_here("policy", **settings, lora={**LORA, "targets": [target]})

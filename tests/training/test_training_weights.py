@@ -196,7 +196,7 @@ def test_stages_refuse_and_leave_nothing(
         ({}, "it holds the weights of its architecture, all of them finite"),
         ({"model": "broken"}, f"NaN or infinite: {PROJECTION}"),
         ({"lora": {"targets": ["nothing"]}}, "cannot be adapted"),
-        ({"lora": {"targets": ["embed_tokens"]}}, "names the embedding, which is also the LM head"),
+        ({"lora": {"targets": ["embed_tokens"]}}, "includes the embedding, which is also the LM head"),
         ({"frozen": ["nothing"]}, "no parameter's name contains 'nothing'"),
     ],
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.algorithm import Experience, Metrics, Samples, lacking, owners
+from training.algorithm import Experience, Metrics, Samples, missing_need, owners
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this magnitude before the exponential, which overflows in fp32 at 89."""
@@ -22,7 +22,7 @@ def kl_penalties(experience: Experience) -> Tensor:
     """The part of each token's reward that keeps the policy near the reference, [N]: -kl_coefficient (log pi - log
     pi_ref)."""
     if experience.reference is None:
-        raise lacking("reference")
+        raise missing_need("reference")
     return -experience.kl_coefficient * (experience.behaviour - experience.reference)
 
 

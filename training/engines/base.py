@@ -90,7 +90,7 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """One optimizer step; gradients are zero afterwards."""
+        """Run one optimizer step, after which the gradients are zero."""
 
     def all_reduce_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """All-reduce metrics over the replicas: floats for scalars, CPU tensors for vectors.
