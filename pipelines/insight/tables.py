@@ -30,7 +30,7 @@ def print_table(console: Console, graph: Graph) -> None:
     unknown = {metrics["kl_reason"] for _, metrics in rows if metrics.get("kl_reason")}
     for reason in sorted(unknown):
         console.print(f"KL is not estimated: {reason}", soft_wrap=True, highlight=False)
-    without = f"; a gate holds for {format_ranges(refused_iterations)}" if refused_iterations else ""
+    without = f"; refused by a gate: {format_ranges(refused_iterations)}" if refused_iterations else ""
     console.print(
         f"Best checkpoint (by {ranking_metric(first)}, iteration {best['iteration']}{without}): "
         f"{relative_path(policy)}",

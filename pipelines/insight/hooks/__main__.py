@@ -80,7 +80,7 @@ class HookRunner:
         """Call the function for what is new until the input ends, then for the rest."""
         last = False
         while not last:
-            last = ended.wait(POLL_SECONDS)  # before the files are read, so that the last pass sees all of them
+            last = ended.wait(POLL_SECONDS)  # before the files are read, so that the last pass reads all
             for line in complete_lines(self._run / METRICS, self._progress.metrics).splitlines(keepends=True):
                 points = filter(self._own_stages.computed, decode_points(line))
                 found = (happening for point in points if (happening := point_happening(point)))

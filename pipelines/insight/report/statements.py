@@ -120,7 +120,7 @@ def _best(rows: list[dict[str, Any]], refused: Collection[int]) -> list[str]:
     if best is None:
         return []
     name = "gold reward" if metric.startswith("gold") else "reward"
-    among = f", of those for which no gate holds (it does for iteration {format_ranges(refused)})" if refused else ""
+    among = f", leaving out those that a gate has refused (iteration {format_ranges(refused)})," if refused else ""
     return [f"The best checkpoint by {name}{among} is {_policy(best)}."]
 
 
@@ -128,7 +128,7 @@ def _policy_kl(last: dict[str, Any]) -> list[str]:
     if last.get("kl") is None:
         reason = last.get("kl_reason")
         return [f"How far the policy has moved (KL) is not estimated: {reason}."] if reason else []
-    return [f"The policy has moved {last['kl']:.2g} nats an answer from the initial one (KL)."]
+    return [f"The policy has moved {last['kl']:.2g} nats per answer from the initial one (KL)."]
 
 
 def _lag(report: RunReport) -> list[str]:
@@ -196,7 +196,7 @@ def _time(report: RunReport) -> Statement:
     if most == "loading":
         found.details.append(
             "The bottleneck is starting: importing libraries and loading models took longer than the work itself, so "
-            "more prompts an iteration would cost little time."
+            "more prompts per iteration would take little additional time."
         )
     elif most == "waiting":
         found.details.append(
@@ -213,7 +213,7 @@ def _time(report: RunReport) -> Statement:
     )
     found.details += _possible_savings(report)
     found.details.append(
-        f"{facts.device_hours:.3g} device-hours" + (f"; tokens a second while computing: {speeds}." if speeds else ".")
+        f"{facts.device_hours:.3g} device-hours" + (f"; tokens per second of computing: {speeds}." if speeds else ".")
     )
     return found
 
@@ -258,7 +258,7 @@ def _signal(report: RunReport) -> list[Statement]:
     gaps = [one for one in report.sets if one.gap is not None]
     if gaps:
         found.details.append(
-            f"Engine and trainer differ by {gaps[-1].gap:.2g} nats a token on average for the same weights "
+            f"Engine and trainer differ by {gaps[-1].gap:.2g} nats per token on average for the same weights "
             f"({gaps[-1].gap_tokens} tokens of {gaps[-1].name})."
         )
     return [found]

@@ -65,7 +65,7 @@ function drawCurves(place, data) {
     plot(
       place,
       "Reward against KL",
-      "KL from the initial policy (nats an answer)",
+      "KL from the initial policy (nats per answer)",
       "reward",
       moved.map((row) => row.kl),
       [{ label: "reward", values: moved.map((row) => row.reward_mean), colour: "--violet" }],
@@ -118,7 +118,7 @@ function drawCurves(place, data) {
     note: "by the token limit",
     yRange: fromZero,
   });
-  perIteration("Engine against trainer", "nats a token", "generation", [["mean difference", (set) => set.gap]], {
+  perIteration("Engine against trainer", "nats per token", "generation", [["mean difference", (set) => set.gap]], {
     note: "of log-probabilities under the same weights",
   });
   const drift = data.facts.filter((fact) => fact.drift && typeof fact.drift.mean === "number");
@@ -127,7 +127,7 @@ function drawCurves(place, data) {
       place,
       "Engine against trainer, as training saw it",
       "iteration",
-      "nats a token",
+      "nats per token",
       drift.map((fact) => fact.iteration),
       [{ label: "mean drift", values: drift.map((fact) => fact.drift.mean) }],
       { whole: true },
