@@ -35,8 +35,9 @@ def main() -> int:
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrackingTask)
     run = TrackedRun(task.run_id, task.name, Path(task.directory), task.config)
     module = import_module(f"tracking.{task.tracker}_tracker")
-    run.own.mkdir(exist_ok=True)
-    with locked(run.own / f"{task.tracker}.lock"):  # a process of an earlier command may still be sending
+    run.tracking_directory.mkdir(exist_ok=True)
+    # A process of an earlier command may still be sending.
+    with locked(run.tracking_directory / f"{task.tracker}.lock"):
         end_marked(f"{MARK}={os.environ[MARK]}")  # processes that its library left behind when it was killed
         ended, seconds = stdin_closed(), POLL_SECONDS
         if task.settings.get("mode") == "offline":

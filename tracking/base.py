@@ -22,7 +22,7 @@ class TrackedRun:
     """The keys that the user has set."""
 
     @property
-    def own(self) -> Path:
+    def tracking_directory(self) -> Path:
         """The directory in which trackers keep files of this run."""
         return self.directory / "tracking"
 

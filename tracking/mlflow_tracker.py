@@ -25,11 +25,11 @@ class MlflowTracker:
     """An MLflow run, which later commands find by its tag."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
-        run.own.mkdir(exist_ok=True)
+        run.tracking_directory.mkdir(exist_ok=True)
         configured_uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
         if not configured_uri:
-            _delete_incomplete(run.own / "mlflow.db")
-        self._client = MlflowClient(configured_uri or f"sqlite:///{run.own / 'mlflow.db'}")
+            _delete_incomplete(run.tracking_directory / "mlflow.db")
+        self._client = MlflowClient(configured_uri or f"sqlite:///{run.tracking_directory / 'mlflow.db'}")
         found = self._client.get_experiment_by_name(settings["experiment"])
         experiment = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
         known = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)

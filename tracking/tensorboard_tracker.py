@@ -18,7 +18,9 @@ class TensorboardTracker:
     not at all."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
-        folder = Path(settings["directory"], run.name) if settings["directory"] else run.own / "tensorboard"
+        folder = (
+            Path(settings["directory"], run.name) if settings["directory"] else run.tracking_directory / "tensorboard"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         indices = (int(values[POINT]) for file in sorted(folder.glob("*tfevents*")) for _, values in scalars(file))
         self._recorded = max(indices, default=-1) + 1

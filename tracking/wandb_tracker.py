@@ -20,13 +20,13 @@ class WandbTracker:
     """A wandb run. Its step is a point's index in metrics.jsonl, so wandb itself rejects points that it already has."""
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
-        run.own.mkdir(exist_ok=True)
+        run.tracking_directory.mkdir(exist_ok=True)
         # It reads inputs of wandb's launcher, which is not used here, and causes a third of wandb's imports.
         wandb.Run._detect_and_apply_job_inputs = lambda run: None  # type: ignore[method-assign]
         self._run = wandb.init(
             id=run.id,
             resume="allow",
-            dir=str(run.own),
+            dir=str(run.tracking_directory),
             project=settings["project"],
             entity=settings["entity"],
             name=settings["name"] or run.name,
@@ -52,7 +52,7 @@ class WandbTracker:
             self._run.define_metric(group, step_metric=axis)
         for group in ("sft/*", "reward-model/*", "critic/*"):
             self._run.define_metric(group, step_metric="stage_step")
-        self._files = run.own / "wandb" if settings["mode"] == "offline" else None
+        self._files = run.tracking_directory / "wandb" if settings["mode"] == "offline" else None
         self._logged: set[int] = set()
         local = max(self._written(), default=-1) + 1
         self._recorded: int = max(self._run.starting_step, local)  # `step` does not reflect the server's state yet

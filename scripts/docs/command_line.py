@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pipelines.commands.declaring import EXAMPLES, GROUPS, HELP, PARSER
 from pipelines.main import COMMANDS as MODULES
 
-ALIKE = ("help", "plain", "quiet")
+COMMON_OPTIONS = ("help", "plain", "quiet")
 """Options that all commands have."""
 BEGIN = """\
 # Command line
@@ -23,43 +23,43 @@ def page() -> str:
     """The text of the page."""
     assert MODULES  # their import declares the commands
     lines = [BEGIN + "```text\n" + EXAMPLES.strip() + "\n```\n"]
-    parsers = children(PARSER)
+    parsers = subcommands(PARSER)
     for group, title in GROUPS.items():
         lines.append(f"## {title[0].upper()}{title[1:]}\n")
         for name, (of, _) in HELP.items():
             if of == group:
-                lines += described(f"pipeline {name}", parsers[name])
+                lines += command_section(f"pipeline {name}", parsers[name])
     return "\n".join(lines)
 
 
-def described(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+def command_section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     """The section of a command and of its subcommands."""
     yield f"### {name}\n"
     yield f"{parser.description}\n"
-    parts = children(parser)
+    parts = subcommands(parser)
     if parts:
         for part, child in parts.items():
-            yield from described(f"{name} {part}", child)
+            yield from command_section(f"{name} {part}", child)
         return
     usage = " ".join(parser.format_usage().removeprefix("usage:").split())
-    for option in ALIKE:
+    for option in COMMON_OPTIONS:
         usage = usage.replace(f" [--{option}]", "").replace(" [-h]", "")
     yield f"```text\n{usage}\n```\n"
-    rows = [action for action in parser._actions if action.dest not in ALIKE]
+    rows = [action for action in parser._actions if action.dest not in COMMON_OPTIONS]
     if rows:
         yield "| argument | meaning |\n|---|---|"
         for action in rows:
-            yield f"| {names(action)} | {meaning(action)} |"
+            yield f"| {notation(action)} | {meaning(action)} |"
         yield ""
 
 
-def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The subcommands of a command."""
     found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found[0].choices) if found else {}
 
 
-def names(action: argparse.Action) -> str:
+def notation(action: argparse.Action) -> str:
     """The notation of an argument, as Markdown."""
     value = action.metavar or action.dest.upper()
     if action.option_strings:

@@ -18,7 +18,15 @@ from pipelines.config.run import RunConfig
 
 PACKAGES = ("contracts", "generation", "annotation", "training", "embedded")
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-PLAIN = {str: "text", int: "int", float: "float", bool: "true or false", type(None): "null", Path: "path", Any: "any"}
+TYPE_NAMES = {
+    str: "text",
+    int: "int",
+    float: "float",
+    bool: "true or false",
+    type(None): "null",
+    Path: "path",
+    Any: "any",
+}
 BEGIN = """\
 # Configuration
 
@@ -44,7 +52,7 @@ MACHINES = "The file of `pipeline plan simulate --cluster FILE` ([Simulation](..
 
 def page() -> str:
     """The text of the page."""
-    places = found_places(RunConfig)
+    places = section_paths(RunConfig)
     titles = {model: title_of(model, places[model]) for model in places}
     several = Counter(titles.values())
     titles = {
@@ -56,8 +64,8 @@ def page() -> str:
         lines.append(f"{first_line(model)}\n")
         if len(paths) > 1:
             lines.append("Used in " + ", ".join(f"`{path}`" for path in paths) + ".\n")
-        lines += keys(model, titles)
-    parts = {model: f"machines.{title_of(model, paths)}" for model, paths in found_places(MachinesSection).items()}
+        lines += key_tables(model, titles)
+    parts = {model: f"machines.{title_of(model, paths)}" for model, paths in section_paths(MachinesSection).items()}
     lines += ["## Machines of a simulation\n", MACHINES, *table(MachinesSection, parts)]
     for model, title in parts.items():
         lines += [f"## {title}\n", f"{first_line(model)}\n", *table(model, parts)]
@@ -68,18 +76,18 @@ def page() -> str:
         for command, stage in stages.items():
             name = f"python -m {package}" + (f" {command}" if command != package else "")
             for kind, config in (stage.config.variants() or {"": stage.config}).items():
-                lines += alone(f"{name} kind={kind}" if kind else name, config, titles)
+                lines += stage_section(f"{name} kind={kind}" if kind else name, config, titles)
     return "\n".join(lines)
 
 
-def alone(name: str, config: type[Section], titles: dict[type[BaseModel], str]) -> Iterator[str]:
+def stage_section(name: str, config: type[Section], titles: dict[type[BaseModel], str]) -> Iterator[str]:
     """The section of a stage, with the keys that no section of the run config has."""
     yield f"### {name}\n"
     yield f"{first_line(config)}\n"
-    yield from keys(config, titles)
+    yield from key_tables(config, titles)
 
 
-def keys(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator[str]:
+def key_tables(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator[str]:
     """The keys of a config class; keys inherited from a documented section become a link to it."""
     shared = next((base for base in model.__mro__[1:] if base in titles), None)
     if shared is None:
@@ -90,7 +98,7 @@ def keys(model: type[BaseModel], titles: dict[type[BaseModel], str]) -> Iterator
     yield from table(model, titles, without=same)
 
 
-def found_places(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
+def section_paths(model: type[BaseModel]) -> dict[type[BaseModel], list[str]]:
     """The sections within a config class with the key paths of each, in the order of the file."""
     found: defaultdict[type[BaseModel], list[str]] = defaultdict(list)
 
@@ -151,27 +159,27 @@ def type_text(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
     signs = [
         f"{SIGNS[name]} {getattr(bound, name):g}" for bound in field.metadata for name in SIGNS if hasattr(bound, name)
     ]
-    return " ".join([words(field.annotation, titles), ", ".join(signs)]).strip()
+    return " ".join([type_words(field.annotation, titles), ", ".join(signs)]).strip()
 
 
-def words(kind: Any, titles: dict[type[BaseModel], str]) -> str:
+def type_words(kind: Any, titles: dict[type[BaseModel], str]) -> str:
     """A type, as Markdown."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind in titles:
         return link(titles[kind])
     if origin is Annotated:
-        return words(arguments[0], titles)
+        return type_words(arguments[0], titles)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(words(argument, titles) for argument in arguments)
+        return " or ".join(type_words(argument, titles) for argument in arguments)
     if origin in (list, tuple, set):
-        return f"list of {words(arguments[0], titles)}"
+        return f"list of {type_words(arguments[0], titles)}"
     if origin is dict:
-        return f"map of {words(arguments[0], titles)} to {words(arguments[1], titles)}"
+        return f"map of {type_words(arguments[0], titles)} to {type_words(arguments[1], titles)}"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(f"`{member.value}`" for member in kind)
-    return PLAIN.get(kind) or getattr(kind, "__name__", str(kind))
+    return TYPE_NAMES.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def default_text(field: FieldInfo) -> str:

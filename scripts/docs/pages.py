@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = Path("docs")
 CONFIG = DOCS / "zensical.toml"
-ELSEWHERE = {Path("README.md"): Path("index.md"), Path("benchmarks/README.md"): Path("benchmarks.md")}
+OTHER_PAGES = {Path("README.md"): Path("index.md"), Path("benchmarks/README.md"): Path("benchmarks.md")}
 """Pages outside docs/, with their paths on the site."""
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```+|~~~+)")
@@ -29,12 +29,12 @@ def main() -> int:
     folder = Path(sys.argv[1])
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
-    problems = lay_out(pages)
-    listed = set(entries(tomllib.loads((ROOT / CONFIG).read_text())["project"]["nav"]))
-    there = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
-    there = {path for path in there if not path.startswith("source/")}
-    problems += [f"{path} is not in the navigation: add it to nav in {CONFIG}" for path in sorted(there - listed)]
-    problems += [f"{CONFIG} names {path}, which is no page" for path in sorted(listed - there)]
+    problems = write_pages(pages)
+    listed = set(nav_pages(tomllib.loads((ROOT / CONFIG).read_text())["project"]["nav"]))
+    existing = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
+    existing = {path for path in existing if not path.startswith("source/")}
+    problems += [f"{path} is not in the navigation: add it to nav in {CONFIG}" for path in sorted(existing - listed)]
+    problems += [f"{CONFIG} names {path}, which is not a page" for path in sorted(listed - existing)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     shutil.copy(ROOT / CONFIG, folder / "zensical.toml")
@@ -42,19 +42,19 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def lay_out(pages: Path) -> list[str]:
+def write_pages(pages: Path) -> list[str]:
     """Write all pages and the files that they link to. Returns the problems found."""
     problems: list[str] = []
-    waiting = [path.relative_to(ROOT) for path in sorted((ROOT / DOCS).rglob("*.md"))] + list(ELSEWHERE)
+    waiting = [path.relative_to(ROOT) for path in sorted((ROOT / DOCS).rglob("*.md"))] + list(OTHER_PAGES)
     done = set(waiting)
     while waiting:
         path = waiting.pop()
-        target = pages / place_of(path)
+        target = pages / site_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not is_page(path):
             copy(path, target)
             continue
-        text, linked, wrong = with_links((ROOT / path).read_text(), path)
+        text, linked, wrong = rewrite_links((ROOT / path).read_text(), path)
         target.write_text(text)
         problems += wrong
         waiting += sorted(linked - done)
@@ -64,13 +64,13 @@ def lay_out(pages: Path) -> list[str]:
 
 def is_page(path: Path) -> bool:
     """Whether a file of the repository is a documentation page."""
-    return path in ELSEWHERE or (path.is_relative_to(DOCS) and path.suffix == ".md")
+    return path in OTHER_PAGES or (path.is_relative_to(DOCS) and path.suffix == ".md")
 
 
-def place_of(path: Path) -> Path:
+def site_path(path: Path) -> Path:
     """The path on the site of a file of the repository."""
-    if path in ELSEWHERE:
-        return ELSEWHERE[path]
+    if path in OTHER_PAGES:
+        return OTHER_PAGES[path]
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS)
     return Path("source") / f"{path}.md"
@@ -88,7 +88,7 @@ def copy(path: Path, target: Path) -> None:
     )
 
 
-def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
+def rewrite_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
     """Rewrite a page's links for the site. Returns the text, the repository's files that it links to, and problems."""
     linked: set[Path] = set()
     wrong: list[str] = []
@@ -99,10 +99,10 @@ def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
             return match[0]
         path = Path(os.path.normpath(page.parent / link))
         if not (ROOT / path).is_file():
-            wrong.append(f"{page} links to {link}, which is no file of the repository")
+            wrong.append(f"{page} links to {link}, which is not a file of the repository")
             return match[0]
         linked.add(path)
-        relative = os.path.relpath(place_of(path), place_of(page).parent)
+        relative = os.path.relpath(site_path(path), site_path(page).parent)
         return f"{before}{relative}{anchor or ''}{after}"
 
     lines, fence = [], ""
@@ -114,14 +114,14 @@ def with_links(text: str, page: Path) -> tuple[str, set[Path], list[str]]:
     return "\n".join(lines) + "\n", linked, wrong
 
 
-def entries(nav: list[Any]) -> Iterator[str]:
+def nav_pages(nav: list[Any]) -> Iterator[str]:
     """Yield the pages that a navigation lists."""
     for entry in nav:
         for value in entry.values():
             if isinstance(value, str):
                 yield value
             else:
-                yield from entries(value)
+                yield from nav_pages(value)
 
 
 if __name__ == "__main__":

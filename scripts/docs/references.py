@@ -25,9 +25,9 @@ def main() -> int:
         docs / "reference/command-line.md": NOTE + command_line.page(),
         **{docs / "schemas" / f"{name}.json": text for name, text in schemas.texts().items()},
     }
-    there = {path for folder in ("reference", "schemas") for path in (docs / folder).glob("*") if path.is_file()}
-    stale = [path for path, text in wanted.items() if path not in there or path.read_text() != text]
-    stale += sorted(there - set(wanted))
+    existing = {path for folder in ("reference", "schemas") for path in (docs / folder).glob("*") if path.is_file()}
+    stale = [path for path, text in wanted.items() if path not in existing or path.read_text() != text]
+    stale += sorted(existing - set(wanted))
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is out of date: run .venv/bin/python scripts/docs/references.py")

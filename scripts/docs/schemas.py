@@ -27,7 +27,7 @@ FORMATS: dict[str, Any] = {
     "metrics": Point,
 }
 """The type of a line, or of the whole file."""
-WHAT = {
+TITLES = {
     "prompts": "A line of a published prompt set",
     "rollouts": "A line of published rollouts",
     "scores": "A line of published scores",
@@ -52,15 +52,15 @@ def schema(name: str) -> dict[str, Any]:
     """The schema of one file format, with a description of every field."""
     kind = FORMATS[name]
     made = msgspec.json.schema(kind)
-    records = {record.__name__: record for record in reached(kind)}
+    records = {record.__name__: record for record in record_classes(kind)}
     for title, definition in made.get("$defs", {}).items():
         for field, text in docstrings(records[title]).items() if title in records else ():
             if field in definition["properties"]:
                 definition["properties"][field]["description"] = " ".join(text.split())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": WHAT[name], **made}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": TITLES[name], **made}
 
 
-def reached(kind: Any) -> set[type]:
+def record_classes(kind: Any) -> set[type]:
     """All record classes that a type contains."""
     found: set[type] = set()
     waiting = [kind]

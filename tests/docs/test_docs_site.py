@@ -78,9 +78,9 @@ def test_the_build_stops_at_dead_links_and_forgotten_pages(copy: Path, tmp_path:
     (copy / "docs/glossary.md").unlink()
     result = lay_out(copy, tmp_path / "site")
     assert result.returncode == 1
-    assert "docs/forgotten.md links to nowhere.md, which is no file of the repository" in result.stderr
+    assert "docs/forgotten.md links to nowhere.md, which is not a file of the repository" in result.stderr
     assert "forgotten.md is not in the navigation: add it to nav in docs/zensical.toml" in result.stderr
-    assert "docs/zensical.toml names glossary.md, which is no page" in result.stderr
+    assert "docs/zensical.toml names glossary.md, which is not a page" in result.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
