@@ -55,7 +55,7 @@ class Combined:
             if math.isfinite(value):
                 found.append(sample.scored(value, parts={part_name(name): row[name] for name in self.expression.names}))
                 continue
-            why = self.expression.why_not(columns, self.standards, place)
+            why = self.expression.explain(columns, self.standards, place)
             text = f"scorer {self.name!r}, expression {self.expression.text!r}: for {sample}, {why}."
             found.append(Fault(UserError(f"{text} Guard against it, as in a / max(b, 0.01) or a / b if b > 0 else 0.")))
         return found

@@ -172,7 +172,7 @@ def _not_finite(score: Score) -> str | None:
     return next((f"{value} as {name or 'score'}" for name, value in parts.items() if not math.isfinite(value)), None)
 
 
-def _penalised(score: Score, penalty: float) -> Score:
+def _with_penalty(score: Score, penalty: float) -> Score:
     """Subtract the penalty for a truncated response from its score, and from the reward of its last token if tokens
     have rewards."""
     changes: dict[str, Any] = {"score": score.score - penalty}
@@ -205,7 +205,7 @@ def _score_samples(config: ScoreConfig, scorer: Scorer, samples: list[Sample]) -
             reasons.append({"prompt_id": sample.rollout.prompt_id, "sample": sample.completion.sample, "reason": why})
             continue
         if penalty and sample.completion.finish_reason == "length":
-            score = _penalised(score, penalty)
+            score = _with_penalty(score, penalty)
         ledger.keep()
         scores.append(score)
     if config.reasons is not None:

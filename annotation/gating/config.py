@@ -59,7 +59,7 @@ class GateSettings(Section):
         return self
 
     @property
-    def meaningless(self) -> str | None:
+    def bound_error(self) -> str | None:
         """Why its bound is meaningless, or None. Checked only when the metric is known to exist."""
         if self.relative_to and range_of(self.metric)[0] < 0:
             return f"{self.metric} can be negative, and a multiple of it means nothing. Use difference_to."
@@ -131,8 +131,8 @@ class GateConfig(StageConfig):
     @model_validator(mode="after")
     def _check_conditions(self) -> Self:
         for name, gate in self.conditions.items():
-            if gate.meaningless:
-                raise ValueError(f"conditions.{name}: {gate.meaningless}")
+            if gate.bound_error:
+                raise ValueError(f"conditions.{name}: {gate.bound_error}")
         return self
 
     def is_measured(self, gate: GateSettings) -> bool:

@@ -133,8 +133,8 @@ class PoolingEngine:
                 "Set replicas=N instead of starting them with a launcher."
             )
         self.path = config.model
-        probes = [sequence[:longest] for sequence in (*self._drawn(), spec.probes)]
-        expected, dtype = _by_transformers(config, probes, spec)
+        probes = [sequence[:longest] for sequence in (*self._random_sequences(), spec.probes)]
+        expected, dtype = _reference_numbers(config, probes, spec)
         self._open(config, _arguments(config, longest, dtype, spec.overrides), dtype)
         self._require_parity(probes, expected, dtype)
 
@@ -156,7 +156,7 @@ class PoolingEngine:
         outputs = self.llm.classify(prompts, pooling_params=params, use_tqdm=False)
         return [float(output.outputs.probs[0]) for output in outputs]
 
-    def _drawn(self) -> list[list[int]]:
+    def _random_sequences(self) -> list[list[int]]:
         """Sequences of random tokens, of the lengths in `PROBE_LENGTHS`."""
         size = int(AutoConfig.from_pretrained(self.path, local_files_only=True).get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
@@ -208,7 +208,7 @@ class PoolingEngine:
 
 
 @torch.inference_mode()
-def _by_transformers(config: ModelSettings, sequences: list[list[int]], spec: _ModelSpec) -> tuple[list[float], str]:
+def _reference_numbers(config: ModelSettings, sequences: list[list[int]], spec: _ModelSpec) -> tuple[list[float], str]:
     """The model's number for each sequence, computed one at a time, and its dtype; the model is freed afterwards."""
     model = load_model(config, spec.load)
     numbers = []

@@ -62,7 +62,7 @@ class ModelReader:
         self.limit = config.batch_tokens
         on_cpu = self.model.device.type == "cpu"
         self.budget = min(self.limit, CPU_TOKENS) if on_cpu else self.limit
-        self.shares = False
+        self.shares_prompts = False
         self.facts = {
             **compute_facts(self.model),
             "packing": "padded",
@@ -76,7 +76,7 @@ class ModelReader:
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
         """The numbers for all responses of all rows."""
-        found: list[Numbers] = self._shared(rows) if self.shares else self._padded(rows)
+        found: list[Numbers] = self._shared(rows) if self.shares_prompts else self._padded(rows)
         return found
 
     def packed_numbers(self, batch: Packed, hidden: Any) -> list[float]:
@@ -125,7 +125,7 @@ class ModelReader:
         if all(
             math.isclose(one, other, rel_tol=0, abs_tol=tolerance) for one, other in zip(found, expected, strict=True)
         ):
-            self.shares = True
+            self.shares_prompts = True
             self.facts |= {"packing": "shared", "attention": attention_on(self.model.device, self.model.dtype)}
             if self._decoder is not None:
                 self.facts["layers"] = "onednn"

@@ -66,7 +66,7 @@ def choose(
     if len(kept) < 2:
         return Choice([], {IDENTICAL: 1}, repeated)
     ranked = sorted(kept, key=lambda candidate: (-candidate.score, candidate.sample))
-    proposed = _proposed(propose, ranked, prompt, what, seconds)
+    proposed = _propose(propose, ranked, prompt, what, seconds)
     if isinstance(proposed, str):
         return Choice([], {proposed: 1}, repeated)
     ranks = {candidate.sample: rank for rank, candidate in enumerate(ranked)}
@@ -146,7 +146,7 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
         signal.signal(signaled, before)
 
 
-def _proposed(
+def _propose(
     propose: Callable[[list[Candidate], PairPrompt], Proposal],
     ranked: list[Candidate],
     prompt: PairPrompt,

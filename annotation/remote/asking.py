@@ -114,7 +114,7 @@ class JudgeClient:
                 else:
                     found[index][vote] = given
                     self._note_read()
-            except (WrongEndpointError, _FinalError):
+            except (WrongEndpointError, _StageError):
                 raise
             except (UserError, TransientError) as error:
                 named = type(error)(f"the judge at {inquiries[index].sample}: {error}")
@@ -126,7 +126,7 @@ class JudgeClient:
 
         try:
             run_concurrently(self.client, votes * len(inquiries), judge, self.config.concurrency)
-        except _FinalError as error:
+        except _StageError as error:
             raise error.error from error
         if unread:
             first = min(unread)
@@ -144,7 +144,7 @@ class JudgeClient:
         """Raise if none of the first judgements could be read."""
         self._failed += 1
         if not self._any_read and self._failed >= FIRST_JUDGEMENTS and self.config.max_dropped < TOLERANT:
-            raise _FinalError(
+            raise _StageError(
                 UserError(
                     f"none of the first {FIRST_JUDGEMENTS} judgements could be read, so no more are paid for. "
                     f"{self._quoted(inquiry, reply)}, or set max_dropped={TOLERANT:g} or more if most may be lost."
@@ -197,14 +197,14 @@ class JudgeClient:
         return reply
 
     async def _request(self, key: str, sample: Sample, body: dict[str, Any]) -> Reply:
-        _final(self.spending.require_left)
+        _as_stage_error(self.spending.require_budget)
         reply: Reply = await self.client.ask("POST", "/chat/completions", body, _parsed_reply)
-        _final(functools.partial(self.cache.put, key, reply))
-        _final(functools.partial(self.spending.add, sample, reply))
+        _as_stage_error(functools.partial(self.cache.put, key, reply))
+        _as_stage_error(functools.partial(self.spending.add, sample, reply))
         return reply
 
 
-class _FinalError(Exception):
+class _StageError(Exception):
     """Wraps an error that ends the stage, because it is not about the current sample."""
 
     def __init__(self, error: Exception) -> None:
@@ -212,11 +212,11 @@ class _FinalError(Exception):
         self.error = error
 
 
-def _final(do: Callable[[], None]) -> None:
+def _as_stage_error(do: Callable[[], None]) -> None:
     try:
         do()
     except Exception as error:
-        raise _FinalError(error) from error
+        raise _StageError(error) from error
 
 
 def _body(config: JudgeSettings, messages: list[dict[str, str]], number: int) -> dict[str, Any]:

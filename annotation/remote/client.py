@@ -78,7 +78,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         """Open the HTTP session."""
-        httpx2 = _library()
+        httpx2 = _import_httpx()
         direct: dict[str, Any] = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._http = httpx2.AsyncClient(
@@ -149,7 +149,7 @@ class Client:
 
     async def _send(self, method: str, url: str, body: Any) -> tuple[int, Any, bytes]:
         """Send a request once; returns status, headers and body of a reply that arrived complete and in time."""
-        httpx2 = _library()
+        httpx2 = _import_httpx()
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode(errors="replace")
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
@@ -252,7 +252,7 @@ def api_key(variable: str | None) -> str | None:
     return key
 
 
-def _library() -> Any:
+def _import_httpx() -> Any:
     try:
         import httpx2
     except ImportError as error:

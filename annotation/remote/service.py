@@ -81,7 +81,7 @@ class RewardService:
         note({index: self._result(samples[index], value) for index, value in zip(batch, results, strict=True)})
 
     def _result(self, sample: Sample, value: Any) -> FunctionResult:
-        found = convert_result(value, _given(sample), tokens=True)
+        found = convert_result(value, _answer_input(sample), tokens=True)
         if isinstance(found, Failed):
             return Fault(UserError(f"service {self.config.service!r} {found.before} {sample}{found.after}"))
         assert found is not True
@@ -110,7 +110,7 @@ class RewardService:
                 )
 
 
-def _given(sample: Sample) -> AnswerInput:
+def _answer_input(sample: Sample) -> AnswerInput:
     rollout, completion = sample
     return AnswerInput(
         messages=[msgspec.to_builtins(message) for message in rollout.messages],
@@ -126,13 +126,13 @@ def _given(sample: Sample) -> AnswerInput:
 
 
 def _samples(samples: Sequence[Sample]) -> dict[str, Any]:
-    return {"samples": [msgspec.structs.asdict(_given(sample)) for sample in samples]}
+    return {"samples": [msgspec.structs.asdict(_answer_input(sample)) for sample in samples]}
 
 
 def _scores(reply: Any, count: int) -> list[Any]:
     if not isinstance(reply, dict) or "scores" not in reply:
         raise BadReplyError(f"the service replied {_shown(reply)}, and not an object with the list `scores`.")
-    return _as_many(reply["scores"], "scores", count)
+    return _require_count(reply["scores"], "scores", count)
 
 
 class OpenRlhfTexts:
@@ -161,10 +161,10 @@ def _rewards(reply: Any, count: int) -> list[Any]:
     rewards = reply.get("rewards", reply.get("scores")) if isinstance(reply, dict) else None
     if rewards is None:
         raise BadReplyError(f"the service replied {_shown(reply)}, and not an object with the list `rewards`.")
-    values = [_alone(value) for value in _as_many(rewards, "rewards", count)]
+    values = [_unwrap(value) for value in _require_count(rewards, "rewards", count)]
     logs = reply.get("extra_logs")
     parts = {
-        name: [_alone(value) for value in listed]
+        name: [_unwrap(value) for value in listed]
         for name, listed in (logs.items() if isinstance(logs, dict) else ())
         if isinstance(listed, list) and len(listed) == count and name != "score"
     }
@@ -176,12 +176,12 @@ def _rewards(reply: Any, count: int) -> list[Any]:
     ]
 
 
-def _alone(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     """Unwrap a list of one number."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _as_many(values: Any, name: str, count: int) -> list[Any]:
+def _require_count(values: Any, name: str, count: int) -> list[Any]:
     if count == 1 and not isinstance(values, list):
         return [values]
     if not isinstance(values, list) or len(values) != count:

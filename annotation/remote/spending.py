@@ -30,7 +30,7 @@ class Spending:
         self.prompt_tokens = sum(entry[2] for entry in self._paid)
         self.completion_tokens = sum(entry[3] for entry in self._paid)
 
-    def require_left(self) -> None:
+    def require_budget(self) -> None:
         """Raise UserError if a limit is reached."""
         tokens = self.prompt_tokens + self.completion_tokens
         spent = cost(self.prompt_tokens, self.completion_tokens, self.prices)

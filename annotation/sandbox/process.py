@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("program.py")
-UNCONFINED = 97
+NO_NAMESPACES = 97
 """Exit code of the program if the kernel does not grant namespaces."""
 REPORT = 3
 MAX_OUTPUT = 1 << 20
@@ -42,7 +42,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ran:
+class ProgramResult:
     """The result of running a program."""
 
     code: int | None
@@ -58,15 +58,15 @@ class Ran:
     seconds: float
 
 
-class UnconfinedError(Exception):
+class NamespacesError(Exception):
     """The kernel does not grant namespaces on this machine."""
 
 
-def run(code: str, limits: Limits, tests: Sequence[str] = (), stdin: str = "") -> Ran:
+def run(code: str, limits: Limits, tests: Sequence[str] = (), stdin: str = "") -> ProgramResult:
     """Execute code, then each of `tests` in the code's global namespace.
 
     Raises:
-        UnconfinedError: `limits` ask for namespaces, and the kernel does not grant them.
+        NamespacesError: `limits` ask for namespaces, and the kernel does not grant them.
     """
     folder = tempfile.mkdtemp(prefix="ratchet-code-")
     nonce = secrets.token_hex(16)
@@ -82,7 +82,7 @@ def run(code: str, limits: Limits, tests: Sequence[str] = (), stdin: str = "") -
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> Ran:
+def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> ProgramResult:
     read, write = os.pipe()
     started = time.monotonic()
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
@@ -110,14 +110,14 @@ def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> Ran:
     out, errors, reports = (bytes(text).decode(errors="replace") for text in output.values())
     for stream in (process.stdout, process.stderr):
         stream.close()
-    if process.returncode == UNCONFINED and not reports:
-        raise UnconfinedError(errors.strip())
+    if process.returncode == NO_NAMESPACES and not reports:
+        raise NamespacesError(errors.strip())
     lines = [line.split() for line in reports.splitlines() if line.startswith(f"{nonce} ")]
     begun, passed, failed = (
         tuple(int(number) for _, number, event in lines if event == one) for one in ("begun", "passed", "failed")
     )
     code = process.returncode if whole else None
-    return Ran(code, passed, failed, len(begun), out, errors, time.monotonic() - started)
+    return ProgramResult(code, passed, failed, len(begun), out, errors, time.monotonic() - started)
 
 
 _START = f"import os, runpy, sys; os.dup2(int(sys.argv[1]), {REPORT}); os.closerange({REPORT} + 1, 256); " + (
@@ -185,10 +185,10 @@ def _children() -> list[int]:
 
 
 @functools.cache
-def lack_of_namespaces() -> str | None:
+def namespaces_error() -> str | None:
     """Why code cannot be confined by namespaces on this machine; None if it can."""
     try:
         ran = run("print(1)", Limits(20, 512 << 20, 4))
-    except UnconfinedError as error:
+    except NamespacesError as error:
         return str(error)
     return None if ran.stdout == "1\n" else f"the sandbox ended with {ran.code}: {ran.stderr[-300:]}"

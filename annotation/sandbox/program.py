@@ -30,7 +30,7 @@ SHARED_MEMORY = "/dev/shm"
 """Directory in which the C library creates semaphores, which multiprocessing needs."""
 REPORT = 3
 """File descriptor on which it reports the results of tests."""
-UNCONFINED = 97
+NO_NAMESPACES = 97
 """Exit code if namespaces are requested and the kernel does not grant them."""
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +40,7 @@ def main() -> None:
     """Confine this process, run the code, and exit with its exit code."""
     task = json.loads(sys.stdin.buffer.read())
     if os.geteuid() == 0:  # root is exempt from the limit on processes
-        keep_library()
+        keep_standard_library()
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -48,10 +48,10 @@ def main() -> None:
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if task["namespaces"]:
         try:
-            leave_namespaces(task["folder"], task["file_bytes"])
+            enter_namespaces(task["folder"], task["file_bytes"])
         except OSError as error:
             os.write(2, f"{error}\n".encode())
-            os._exit(UNCONFINED)
+            os._exit(NO_NAMESPACES)
     drop_capabilities()
     os.chdir(task["folder"])
     first = os.fork()  # PID 1 of the namespace: when it exits, the kernel kills all other processes in it
@@ -62,11 +62,11 @@ def main() -> None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             limit(task)
             run(task)
-        end_like(child)
-    end_like(first)
+        exit_like(child)
+    exit_like(first)
 
 
-def end_like(child: int) -> NoReturn:
+def exit_like(child: int) -> NoReturn:
     """Wait for a process, and exit with its exit code, or with 128 + N if signal N ended it."""
     os.close(REPORT)
     os.closerange(0, 2)
@@ -74,7 +74,7 @@ def end_like(child: int) -> NoReturn:
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
-def keep_library() -> None:
+def keep_standard_library() -> None:
     """Make the standard library importable through open descriptors, as it may lie in a directory that only root may
     enter."""
     found = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" for path in sys.path if os.path.isdir(path)}
@@ -91,36 +91,36 @@ def _below(place: str, folders: dict[str, str]) -> str:
     return place if inner is None else folders[inner] + place[len(inner) :]
 
 
-def leave_namespaces(folder: str, size: int) -> None:
+def enter_namespaces(folder: str, size: int) -> None:
     """Move to new namespaces, in which only `folder` and /dev/shm are writable, as empty in-memory file systems.
 
     Raises:
         OSError: the kernel does not permit it.
     """
     uid, gid = os.getuid(), os.getgid()
-    called(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
+    check_call(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    called(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount private")
+    check_call(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount private")
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     numbers = [ctypes.c_long(one) for one in (MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ctypes.sizeof(attributes))]
     call, here, how, length = numbers
-    called(libc.syscall(call, here, b"/", how, ctypes.byref(attributes), length), "mount_setattr")
+    check_call(libc.syscall(call, here, b"/", how, ctypes.byref(attributes), length), "mount_setattr")
     options = f"size={size},mode=700".encode()
     for place in (folder, SHARED_MEMORY):
         if os.path.isdir(place):
-            called(libc.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options), f"mount {place}")
+            check_call(libc.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options), f"mount {place}")
 
 
 def drop_capabilities() -> None:
     """Drop the capabilities that a process has in a namespace that it created, with which it could undo the
     confinement (man 2 capset)."""
     header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    called(libc.capset(ctypes.byref(header), ctypes.byref(none)), "capset")
+    check_call(libc.capset(ctypes.byref(header), ctypes.byref(none)), "capset")
 
 
-def called(result: int, name: str) -> None:
+def check_call(result: int, name: str) -> None:
     """Raise OSError if a call of the C library failed."""
     if result != 0:
         number = ctypes.get_errno()
@@ -133,7 +133,7 @@ def limit(task: dict[str, Any]) -> None:
         resource.RLIMIT_CPU: task["cpu_seconds"],
         resource.RLIMIT_AS: task["memory_bytes"],
         resource.RLIMIT_FSIZE: task["file_bytes"],
-        resource.RLIMIT_NPROC: task["processes"] + (2 if task["namespaces"] else others()),
+        resource.RLIMIT_NPROC: task["processes"] + (2 if task["namespaces"] else count_user_threads()),
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
@@ -141,7 +141,7 @@ def limit(task: dict[str, Any]) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def others() -> int:
+def count_user_threads() -> int:
     """Number of this user's threads, which count towards the limit on processes if there is no user namespace."""
     count = 0
     for name in os.listdir("/proc"):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from annotation.sandbox.process import Limits, Ran, adopt_orphans, lack_of_namespaces, run
+from annotation.sandbox.process import Limits, ProgramResult, adopt_orphans, namespaces_error, run
 from annotation.scorers.base import ScoreConfig, WorkerSettings
 from contracts.config import identity
 from contracts.errors import UserError
@@ -39,20 +39,20 @@ class CodeSettings(WorkerSettings):
 
     def preflight(self, stage: Inspected) -> Iterator[Finding]:
         """Check that this machine can run programs in the configured isolation."""
-        if lack := self._lack():
-            yield Finding("error", lack)
+        if error := self._isolation_error():
+            yield Finding("error", error)
 
     def check(self) -> None:
         """Check that this machine can run programs in the configured isolation."""
-        if lack := self._lack():
-            raise UserError(lack)
+        if error := self._isolation_error():
+            raise UserError(error)
 
-    def _lack(self) -> str | None:
-        lack = lack_of_namespaces() if self.isolation == "full" else None
-        if lack is None:
+    def _isolation_error(self) -> str | None:
+        error = namespaces_error() if self.isolation == "full" else None
+        if error is None:
             return None
         return (
-            f"kind=code runs a model's programs in their own namespaces, which this machine does not allow ({lack}). "
+            f"kind=code runs a model's programs in their own namespaces, which this machine does not allow ({error}). "
             "Let users create them (sysctl kernel.unprivileged_userns_clone=1, or in a container --security-opt "
             "seccomp=unconfined), or set isolation=limits where programs can do no harm."
         )
@@ -157,7 +157,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _ending(ran: Ran, tests: int = 0) -> str:
+def _ending(ran: ProgramResult, tests: int = 0) -> str:
     """A description of how a program ended; an exit before all of its tests began is not "ok"."""
     last = (ran.stderr.strip().splitlines() or [""])[-1][:MAX_SHOWN]
     if ran.code is None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from annotation.scorers.base import ScoreConfig, WorkerSettings
-from annotation.scorers.regex import checked
+from annotation.scorers.regex import valid_pattern
 from contracts.config import identity
 
 Ignored = Literal["case", "blanks", "punctuation", "articles"]
@@ -40,7 +40,7 @@ class ExactMatchSettings(WorkerSettings):
     @field_validator("extract", "extract_answer")
     @classmethod
     def _check(cls, value: str | None) -> str | None:
-        return value if value is None else checked(value)
+        return value if value is None else valid_pattern(value)
 
     @property
     def reads_answer(self) -> bool:
@@ -69,10 +69,10 @@ def judge(
     found = last_match(extract, response)
     if found is None:
         return {"score": 0.0, "extracted": ""}
-    unified_found, unified_known = unified(found), unified(known)
-    same = normalised(unified_found, ignore) == normalised(unified_known, ignore)
+    plain_found, plain_known = normalised_unicode(found), normalised_unicode(known)
+    same = normalised(plain_found, ignore) == normalised(plain_known, ignore)
     if not same and numbers:
-        one, other = number(unified_found), number(unified_known)
+        one, other = number(plain_found), number(plain_known)
         same = one is not None and one == other
     return {"score": float(same), "extracted": found[:1000]}
 
@@ -88,18 +88,18 @@ def last_match(pattern: str | None, text: str) -> str | None:
     return matches[-1][1] if matches[-1].re.groups else matches[-1][0]
 
 
-def unified(text: str) -> str:
+def normalised_unicode(text: str) -> str:
     """A text in Unicode normalisation form NFKC (Unicode Standard Annex 15), except superscripts, subscripts and
     fractions, since NFKC turns 10² into 102."""
     if text.isascii():
         return text
-    runs = ((apart, "".join(run)) for apart, run in itertools.groupby(text, _stays_apart))
+    runs = ((apart, "".join(run)) for apart, run in itertools.groupby(text, _is_raised_or_fraction))
     return unicodedata.normalize(
         "NFC", "".join(run if apart else unicodedata.normalize("NFKC", run) for apart, run in runs)
     )
 
 
-def _stays_apart(letter: str) -> bool:
+def _is_raised_or_fraction(letter: str) -> bool:
     return unicodedata.decomposition(letter).startswith(("<super>", "<sub>", "<fraction>"))
 
 

@@ -23,11 +23,11 @@ MAX_DEPTH = 50
 """Maximum nesting depth of operations."""
 EXAMPLE = "Write a computation over the names of other scorers, for example 0.7 * helpful + 0.3 * form."
 """How messages about an invalid expression end."""
-OWN = ("tokens", "truncated")
+ANSWER_NAMES = ("tokens", "truncated")
 """Names for properties of the answer itself: its number of tokens, and whether it was truncated (1 or 0)."""
 
 
-def _divided(one: float, other: float) -> float:
+def _divide(one: float, other: float) -> float:
     return one / other if other else math.nan
 
 
@@ -57,7 +57,7 @@ OPERATIONS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: _divided,
+    ast.Div: _divide,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: lambda value: float(not value > 0),
@@ -91,8 +91,8 @@ def overlong(length: float, most: float, cache: float) -> float:
 class Function:
     """A scalar function: the minimum and maximum number of arguments, and the implementation."""
 
-    least: int
-    most: int | None
+    min_arguments: int
+    max_arguments: int | None
     compute: Callable[..., float]
     usage: str = "(x)"
 
@@ -182,9 +182,9 @@ class Expression:
                 if (isinstance(value, int) and abs(value) > 1 << 1000) or not math.isfinite(value):
                     raise ValueError(f"the number {ast.unparse(node):.40} is too large.")
             case ast.Name(id=name):
-                self._note(name, name, None)
+                self._add_name(name, name, None)
             case ast.Attribute(value=ast.Name(id=name), attr=part):
-                self._note(f"{name}.{part}", name, part)
+                self._add_name(f"{name}.{part}", name, part)
             case ast.Attribute(value=ast.Attribute()):
                 raise ValueError(
                     f"{ast.unparse(node):.60} is not allowed: it has more than one dot. A name is SCORER or "
@@ -206,8 +206,8 @@ class Expression:
             case _:
                 raise ValueError(
                     f"{ast.unparse(node):.60} is not allowed; there are numbers, names of scorers and their parts "
-                    f"(helpful, helpful.clear), {', '.join(OWN)}, + - * /, comparisons, and, or, not, A if B else C, "
-                    f"and the functions {', '.join(KNOWN)}."
+                    f"(helpful, helpful.clear), {', '.join(ANSWER_NAMES)}, + - * /, comparisons, and, or, not, "
+                    f"A if B else C, and the functions {', '.join(KNOWN)}."
                 )
 
     def _check_all(self, node: ast.expr, depth: int) -> None:
@@ -217,7 +217,7 @@ class Expression:
 
     def _check_call(self, name: str, given: list[ast.expr], depth: int) -> None:
         function = FUNCTIONS.get(name)
-        least, most = (function.least, function.most) if function else (1, 1)
+        least, most = (function.min_arguments, function.max_arguments) if function else (1, 1)
         if function is None and name not in GROUP_FUNCTIONS and name != STANDARD:
             raise ValueError(f"no function {name}; there are {', '.join(KNOWN)}.")
         if len(given) < least or (most is not None and len(given) > most):
@@ -226,7 +226,7 @@ class Expression:
             usage = f"{name}{function.usage}" if function else f"{name}({'NAME' if name == STANDARD else 'x'})"
             raise ValueError(f"{name} takes {wanted} {noun}, and is given {len(given)}. Write {usage}.")
         if name == STANDARD:
-            if not isinstance(given[0], ast.Name) or given[0].id in OWN:
+            if not isinstance(given[0], ast.Name) or given[0].id in ANSWER_NAMES:
                 raise ValueError(
                     f"{STANDARD} takes the name of a scorer alone, and is given {ast.unparse(given[0]):.40}."
                 )
@@ -251,8 +251,8 @@ class Expression:
             if isinstance(node, ast.expr) and (wrong := mistake_in(node, constant)):
                 raise ValueError(f"{ast.unparse(node):.60}: {wrong}")
 
-    def _note(self, written: str, scorer: str, part: str | None) -> None:
-        if scorer not in OWN:
+    def _add_name(self, written: str, scorer: str, part: str | None) -> None:
+        if scorer not in ANSWER_NAMES:
             self.names[written] = (scorer, part)
         elif part is not None:
             raise ValueError(f"{scorer} has no parts.")
@@ -269,7 +269,7 @@ class Expression:
         for node in ast.walk(self._tree):
             match node:
                 case ast.Call(func=ast.Name(id="mean" | "min" | "lower_bound"), args=given):
-                    names = [one.id for one in given if isinstance(one, ast.Name) and one.id not in OWN]
+                    names = [one.id for one in given if isinstance(one, ast.Name) and one.id not in ANSWER_NAMES]
                     if len(dict.fromkeys(names)) > 1:
                         return list(dict.fromkeys(names))
         return []
@@ -278,13 +278,13 @@ class Expression:
         """One number for each answer to a prompt; NaN if it cannot be computed.
 
         Args:
-            columns: for each name in `names` and `OWN`, one number per answer.
+            columns: for each name in `names` and `ANSWER_NAMES`, one number per answer.
             standards: mean and standard deviation of each scorer in `standardised`.
         """
         size = len(next(iter(columns.values())))
         return self._column(self._tree, columns, standards, size)
 
-    def why_not(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], place: int) -> str:
+    def explain(self, columns: Mapping[str, Column], standards: Mapping[str, tuple[float, float]], place: int) -> str:
         """Explain which subexpression has no finite value for the answer at index `place`; for the other arguments see
         `compute`."""
         size = len(next(iter(columns.values())))
@@ -342,7 +342,7 @@ class Expression:
                     return _among_finite(GROUP_FUNCTIONS[name], values[0])
                 if name == STANDARD:
                     mean, spread = standards[ast.unparse(given[0])]
-                    return [_divided(value - mean, spread) for value in values[0]]
+                    return [_divide(value - mean, spread) for value in values[0]]
                 return list(map(_finite(FUNCTIONS[name].compute), *values))
         raise AssertionError(ast.dump(node))
 
@@ -350,11 +350,11 @@ class Expression:
 def cycle_in(parts: Mapping[str, list[str]]) -> list[str] | None:
     """A cycle among combined scorers, as a path from a scorer through the scorers it reads back to itself, or None."""
 
-    def ways(name: str, way: list[str]) -> Iterator[list[str]]:
-        if name in way:
-            yield [*way[way.index(name) :], name]
+    def paths(name: str, path: list[str]) -> Iterator[list[str]]:
+        if name in path:
+            yield [*path[path.index(name) :], name]
             return
         for part in parts.get(name, []):
-            yield from ways(part, [*way, name])
+            yield from paths(part, [*path, name])
 
-    return next((found for name in parts for found in ways(name, [])), None)
+    return next((found for name in parts for found in paths(name, [])), None)

@@ -1,4 +1,4 @@
-"""The scorer kind `math`: whether an answer's result equals the known one, checked with math-verify."""
+"""The scorer kind `math`: whether an answer's result equals the known one, valid_pattern with math-verify."""
 
 import logging
 import resource
@@ -8,7 +8,7 @@ from pydantic import field_validator
 
 from annotation.scorers.base import ScoreConfig, WorkerSettings
 from annotation.scorers.exact_match import last_match
-from annotation.scorers.regex import checked
+from annotation.scorers.regex import valid_pattern
 from contracts.config import identity, runtime
 
 MARKED = ("$", r"\boxed", r"\(", r"\[")
@@ -40,7 +40,7 @@ class MathSettings(WorkerSettings):
     @field_validator("extract_answer")
     @classmethod
     def _check(cls, value: str | None) -> str | None:
-        return value if value is None else checked(value)
+        return value if value is None else valid_pattern(value)
 
     @property
     def keywords(self) -> dict[str, Any]:

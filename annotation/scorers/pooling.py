@@ -14,7 +14,7 @@ from contracts.models import ModelInfo
 from contracts.outlook import AnswerStats
 from contracts.preflight import Finding, Inspected
 
-OURS = {
+RESERVED_ARGUMENTS = {
     "model": "it is the scorer's",
     "tokenizer": "the engine is given token ids",
     "runner": "the stage scores",
@@ -40,7 +40,7 @@ MIN_CACHE = 64 << 20
 
 
 def _checked(value: dict[str, Any]) -> dict[str, Any]:
-    return checked_arguments(value, OURS)
+    return checked_arguments(value, RESERVED_ARGUMENTS)
 
 
 class PooledSettings(ChatModelSettings):

@@ -30,14 +30,14 @@ class RegexSettings(WorkerSettings):
     @field_validator("pattern")
     @classmethod
     def _check(cls, value: str) -> str:
-        return checked(value)
+        return valid_pattern(value)
 
 
 class RegexConfig(RegexSettings, ScoreConfig):
     """Score every completion by a regular expression."""
 
 
-def checked(pattern: str) -> str:
+def valid_pattern(pattern: str) -> str:
     """Check that a pattern is a regular expression, and return it.
 
     Raises:

@@ -260,7 +260,9 @@ def _load(task: RuleTask) -> LoadedFunction:
     run = asyncio.Runner().run
     inputs = {} if task.inputs is None else {"inputs": [Path(path) for path in task.inputs]}
     if not inspect.isclass(target):
-        return _callee(task, f"function {task.path!r}", target, _signature(target), task.settings, inputs, run)
+        return _inspect_function(
+            task, f"function {task.path!r}", target, _signature(target), task.settings, inputs, run
+        )
     what = f"class {task.path!r}"
     method = next((vars(base)["__call__"] for base in target.__mro__ if "__call__" in vars(base)), None)
     if method is None:
@@ -272,7 +274,7 @@ def _load(task: RuleTask) -> LoadedFunction:
     called = _signature(method)
     if called is not None:
         called = called.replace(parameters=list(called.parameters.values())[1:])
-    found = _callee(task, f"{what}.__call__", method, called, {}, inputs, run)
+    found = _inspect_function(task, f"{what}.__call__", method, called, {}, inputs, run)
     if task.opens:
         try:
             opened: Any = target(**given)
@@ -289,7 +291,7 @@ async def _awaited(result: Awaitable[Any]) -> None:
     await result
 
 
-def _callee(
+def _inspect_function(
     task: RuleTask,
     what: str,
     function: Callable[..., Any],

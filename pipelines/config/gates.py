@@ -44,8 +44,8 @@ def require_possible_gates(configs: Sequence[RunConfig]) -> None:
     for name, gate in configs[0].gates.items():
         place = f"gates.{name}"
         _require_metric(place, gate, configs[0])
-        if gate.meaningless:
-            raise UserError(f"{place}: {gate.meaningless}")
+        if gate.bound_error:
+            raise UserError(f"{place}: {gate.bound_error}")
         if all(reasons := [_why_impossible(gate, config) for config in configs]):
             raise UserError(f"{place} can never hold: {reasons[0]}")
         if gate.do == "rollback":

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from annotation.pairing.config import PairsSettings
 from annotation.scorers import SETTINGS, AnyScorer
-from annotation.scorers.expression import OWN, cycle_in
+from annotation.scorers.expression import ANSWER_NAMES, cycle_in
 from contracts.config import PathText, Section, described_pattern, identity, runtime, validate
 from contracts.nested import leaves
 from contracts.template import DATE, Day, Variables
@@ -207,11 +207,11 @@ class RunConfig(Section):
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(
                     f"scorers.{name}.expression names {unknown[0]}, which is not a scorer of this run.{hint} Known: "
-                    f"{', '.join([*sorted(self.scorers.keys() - {name}), *OWN])}."
+                    f"{', '.join([*sorted(self.scorers.keys() - {name}), *ANSWER_NAMES])}."
                 )
         if cycle := cycle_in({name: scorer.parts for name, scorer in self.scorers.items()}):
             raise ValueError(f"scorers.{cycle[0]} is made of itself: {' of '.join(cycle)}. Take one of them out.")
-        if taken := sorted(set(OWN) & self.scorers.keys()):
+        if taken := sorted(set(ANSWER_NAMES) & self.scorers.keys()):
             raise ValueError(f"scorers.{taken[0]}: {taken[0]} is a built-in name in expressions; rename it.")
 
     def with_components(self, scorer: str) -> list[str]:

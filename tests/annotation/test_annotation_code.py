@@ -16,7 +16,7 @@ from annotation.scorers.code import CodeSettings, CodeVerifier
 from contracts.errors import UserError
 
 LIMITS = Limits(5, 512 << 20, 6)
-FULL = pytest.mark.skipif(sandbox.lack_of_namespaces() is not None, reason="the kernel gives no namespaces")
+FULL = pytest.mark.skipif(sandbox.namespaces_error() is not None, reason="the kernel gives no namespaces")
 
 
 def says(code: str, answer: str, **keys: Any) -> Any:
@@ -251,7 +251,7 @@ def test_a_program_that_ends_before_the_tests_passes_none() -> None:
 
 
 def test_where_there_are_no_namespaces_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("annotation.scorers.code.lack_of_namespaces", lambda: "unshare: Operation not permitted")
+    monkeypatch.setattr("annotation.scorers.code.namespaces_error", lambda: "unshare: Operation not permitted")
     config = score_config(output=Path("x"), rollouts=Path("y"), kind="code")
     with pytest.raises(UserError, match=r"does not allow \(unshare: Operation not permitted\). Let users create them"):
         config.check()

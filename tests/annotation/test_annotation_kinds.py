@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from annotation_world import make_rollout, publish_rollouts
 
-from annotation.sandbox.process import lack_of_namespaces
+from annotation.sandbox.process import namespaces_error
 from annotation.scorers import score_config
 from annotation.scorers.base import WorkerSettings
 from annotation.stages.score import SCORE
@@ -271,7 +271,7 @@ def test_mathematics_without_end_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(lack_of_namespaces() is not None, reason="the kernel gives no namespaces")
+@pytest.mark.skipif(namespaces_error() is not None, reason="the kernel gives no namespaces")
 def test_programs_that_do_harm_have_a_score_and_harm_no_others(tmp_path: Path) -> None:
     right = "def add(a, b):\n    return a + b"
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
