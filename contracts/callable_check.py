@@ -36,7 +36,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 def mistake_in(call: Call, seconds: float = IMPORT_SECONDS) -> str | None:
-    """Describe what is wrong with a call; None if nothing is, or if the import takes longer than `seconds`, since the
+    """Describe what is wrong with a call; None if nothing is, or if the import takes longer than `seconds`, because the
     module may just have much to load."""
     try:
         source_file(call.function)

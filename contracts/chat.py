@@ -298,8 +298,8 @@ class ChatTokenizer:
     def end_id(self) -> int:
         """The token that ends an answer in the template: the first stop token that it writes after one, or else the
         first of all stop tokens."""
-        behind = self._continuation(self._sample.rpartition(marker(1))[2])
-        return next((token for token in behind if token in self.stop_ids), self.stop_ids[0])
+        following = self._continuation(self._sample.rpartition(marker(1))[2])
+        return next((token for token in following if token in self.stop_ids), self.stop_ids[0])
 
     def require_stop(self) -> None:
         """Raise UserError if there are no stop tokens."""
@@ -313,17 +313,17 @@ class ChatTokenizer:
         """Token ids of a text that continues another one; special tokens in it are read as such."""
         return self._continuation(text)
 
-    def text(self, response_ids: Sequence[int], behind: Sequence[int] = ()) -> str:
+    def text(self, response_ids: Sequence[int], preceding: Sequence[int] = ()) -> str:
         """Decode a response without its stop token and other special tokens.
 
         Args:
-            behind: the preceding tokens, if the response continues a text; otherwise decoders may drop its first space.
+            preceding: the tokens before it, if it continues a text; without them decoders may drop its first space.
         """
         ids = list(response_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        if behind:
-            known, whole = self._decoded(behind), self._decoded([*behind, *ids])
+        if preceding:
+            known, whole = self._decoded(preceding), self._decoded([*preceding, *ids])
             if whole.startswith(known):
                 return whole[len(known) :]
         return self._decoded(ids)

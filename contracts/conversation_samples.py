@@ -38,10 +38,10 @@ class SamplingRequest(msgspec.Struct, frozen=True):
 
 
 class SampledData(msgspec.Struct):
-    """The answer."""
+    """The answer: sampled conversations, and problems of the data."""
 
     findings: list[Finding] = msgspec.field(default_factory=list)
-    """Problems of the data."""
+    """Problems that were found in the data."""
     conversations: list[Conversation] = msgspec.field(default_factory=list)
     unanswered: list[str] = msgspec.field(default_factory=list)
     """Names of the stages whose prompts have no known answers at all."""

@@ -32,7 +32,7 @@ class ModelUse:
 
     path: Path
     checks: tuple[Callable[[ModelInfo], None], ...] = ()
-    """Each raises UserError if the model does not meet it."""
+    """Requirements: functions that raise UserError if the model does not meet them."""
     check_architecture: Callable[[Path], None] | None = None
     """A check of the architecture alone, so that it can also be applied to the model that this one is trained from."""
     ids_of: Path | None = None
@@ -78,17 +78,17 @@ class Stage(Generic[C]):
     """`check(inspected) -> Iterator[Finding]`, run in the stage's environment before the first stage of a run; see
     contracts/preflight.py."""
     environment: str = ""
-    """Name of its environment; default: its package."""
+    """Name of the stage's environment; default: its package."""
     command: str = ""
-    """Its name on the command line, `python -m PACKAGE COMMAND`; default: its name."""
+    """Name of the stage on the command line, `python -m PACKAGE COMMAND`; default: its name in manifests."""
     conversations: str | None = None
     """The config field with the path of the user's conversations, some of which preflight renders."""
     step_log: str = ""
     """For training stages: the published file with the metrics of every optimizer step, one JSON object per line."""
     layout_keys: tuple[str, ...] = ()
-    """Keys of `placement.stages.KEY.layout` that it supports; see `with_layout`."""
+    """Keys of `placement.stages.KEY.layout` that the stage supports; see `with_layout`."""
     memory_fix: str = "Free memory, or take a smaller model."
-    """Advice for the case that it does not fit into memory."""
+    """Advice for the case that the stage does not fit into memory."""
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other fields."""
@@ -97,18 +97,18 @@ class Stage(Generic[C]):
 
     @property
     def name(self) -> str:
-        """Its name in manifests."""
+        """Name of the stage in manifests."""
         return self.config.stage
 
     @property
     def package(self) -> str:
-        """The package that implements it."""
+        """The package that implements the stage."""
         return self.run.partition(".")[0]
 
     # Its requirements.
 
     def models(self, config: C) -> tuple[ModelUse, ...]:
-        """The models that it reads; conversations are rendered for the first."""
+        """The models that the stage reads; conversations are rendered for the first."""
         return ()
 
     def libraries(self, config: C) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class Stage(Generic[C]):
         return None
 
     def operations(self, config: C, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
-        """The planned computation with its model; None if it has no model, or too little is known."""
+        """The planned computation with the stage's model; None if it has none, or too little is known."""
         return None
 
     def published_bytes(self, config: C, outlook: Outlook) -> int | None:
@@ -134,7 +134,7 @@ class Stage(Generic[C]):
     # Where it runs.
 
     def follows(self, config: C) -> str | None:
-        """The field of the input whose shards it can read while the stage that makes that input still runs, if any.
+        """The field of an input whose shards the stage can read while that input is still being produced, if any.
 
         Such a stage computes one shard from each shard of that input, which it reads through
         `contracts.following.Source` and distributes with `contracts.workers.share_shards`; it writes any other files
@@ -143,12 +143,12 @@ class Stage(Generic[C]):
         return None
 
     def workload(self, config: C) -> Workload:
-        """The kind of scheduling that it needs."""
+        """The kind of scheduling that the stage needs."""
         return "light"
 
     def uses_devices(self, config: C) -> bool:
-        """Whether it computes on its devices, so that no other stage may use them at the same time; if not, it runs
-        next to stages that do."""
+        """Whether the stage computes on its devices, so that no other stage may use them at the same time; if not, it
+        runs next to stages that do."""
         return self.workload(config) != "light"
 
     def gpus(self, config: C) -> int:
@@ -156,7 +156,7 @@ class Stage(Generic[C]):
         return 1
 
     def layout(self, config: C) -> ProcessLayout:
-        """Its distribution over processes."""
+        """The stage's distribution over processes."""
         return ProcessLayout()
 
     def spread(self, config: C, devices: int, nodes: int | None = None) -> C:
@@ -188,19 +188,19 @@ class Stage(Generic[C]):
         return False
 
     def size(self, config: C) -> Size | None:
-        """Size of the model that it creates from scratch."""
+        """Size of the model that the stage creates from scratch."""
         return None
 
     def rows(self, config: C, path: Path, outlook: Outlook) -> RowStats | None:
-        """Estimate of the prompts or demonstrations that it publishes at `path`."""
+        """Estimate of the prompts or demonstrations that the stage publishes at `path`."""
         return None
 
     def answers(self, config: C, outlook: Outlook) -> AnswerStats | None:
-        """Estimate of the answers that it publishes, or builds its rows from."""
+        """Estimate of the answers that the stage publishes, or builds its rows from."""
         return None
 
     def pairs(self, config: C, outlook: Outlook) -> PairStats | None:
-        """Estimate of the preference pairs that it publishes."""
+        """Estimate of the preference pairs that the stage publishes."""
         return None
 
     def tokens(self, config: C) -> tuple[int, int] | None:
@@ -213,7 +213,7 @@ class Stage(Generic[C]):
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names."""
+    """Import the function that "module:function" names."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 

@@ -12,7 +12,7 @@ import msgspec
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
 from contracts.ledger import Ledger
-from contracts.mixture import SOURCE, CurriculumSettings, DrawConfig, no_signal_reason, shares, too_few_prompts
+from contracts.mixture import SOURCE, CurriculumSettings, DrawConfig, next_sources, no_signal_reason, too_few_prompts
 from contracts.records import PROMPTS, SCORES, Prompt, Score
 from contracts.stage import Context, Outcome
 
@@ -55,7 +55,7 @@ def run(config: DrawConfig, context: Context) -> Outcome:
     before = _read_state(config.after)
     answered = read_history(config.history)
 
-    used, turns = _still_wanted(config, sources, before)
+    used, turns = _remaining_draws(config, sources, before)
     picked: dict[str, Picked] = {}
     for name, wanted in sorted(Counter(turns).items()):
         there = sum(prompt.prompt_id not in used for prompt in sources[name])
@@ -139,7 +139,7 @@ def scores_by_prompt(path: Path) -> dict[str, list[float]]:
     return scores
 
 
-def _still_wanted(
+def _remaining_draws(
     config: DrawConfig, sources: Mapping[str, Sequence[Prompt]], before: Mapping[str, SourceState]
 ) -> tuple[set[str], list[str]]:
     """The ids of the prompts that the iteration has already, and the sources of the prompts to draw, one name each.
@@ -148,7 +148,7 @@ def _still_wanted(
     """
     if not config.replaces:
         weights = {name: config.weights.get(name, 1.0) for name in sources}
-        return set(), shares(weights, {name: state.taken for name, state in before.items()}, config.count)
+        return set(), next_sources(weights, {name: state.taken for name, state in before.items()}, config.count)
     source_of = {prompt.prompt_id: name for name, prompts in sources.items() for prompt in prompts}
     draws = [[prompt.prompt_id for prompt in Artifact.open(path, PROMPTS).rows(Prompt)] for path in config.replaces]
     lacking = Counter(source_of[name] for name in draws[0])

@@ -1,4 +1,4 @@
-"""Prepares a process independently of where and how it was started; every entry point calls `prepare` first.
+"""Prepares a process, regardless of where and how it was started; every entry point calls `prepare` first.
 
 Ratchet's and the libraries' modules take precedence over files of the same name in the working directory or on
 PYTHONPATH, which stay importable after them. Rank variables are honoured if a launcher has set them, and ignored if a
@@ -286,7 +286,7 @@ def output_is_closed() -> bool:
 
 
 def finish(code: int) -> NoReturn:
-    """Exit without messages of Python's; with 141, as shells report SIGPIPE, if standard output is closed."""
+    """Exit without Python's own messages; with 141, as shells report SIGPIPE, if standard output is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not runs_many_stages:
         gc.freeze()  # otherwise the final collection spends most of a second on torch's objects

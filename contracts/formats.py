@@ -61,12 +61,12 @@ def read_file(path: Path) -> Iterator[Row]:
             f"{', '.join(READERS)} (all but .parquet also with {', '.join(OPENERS)}). Convert it to JSON Lines: one "
             "JSON object a line."
         )
-    with _damage_told(path):
+    with _damage_as_user_error(path):
         yield from reader(path)
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     """Turn exceptions of libraries about a file's content into UserErrors; errors of the disk are raised unchanged."""
     try:
         yield

@@ -45,7 +45,7 @@ def open_stored(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -61,7 +61,7 @@ def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = F
     Raises:
         UserError: a line is not a valid record; the message names the file, the line and the problem.
     """
-    with open_stored(path) as file, _damage_told(path):
+    with open_stored(path) as file, _damage_as_user_error(path):
         yield from decode_jsonl(path, file, record_type, tolerate_torn_tail=tolerate_torn_tail)
 
 

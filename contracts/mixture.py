@@ -105,7 +105,7 @@ def no_signal_reason(scores: Sequence[float], margin: float) -> str | None:
     return "below_margin" if spread < margin else None
 
 
-def shares(weights: Mapping[str, float], taken: Mapping[str, int], count: int) -> list[str]:
+def next_sources(weights: Mapping[str, float], taken: Mapping[str, int], count: int) -> list[str]:
     """The names of the sources of the next `count` prompts, in order.
 
     Each prompt comes from the source that is furthest behind its share of all prompts so far; ties go to the first by

@@ -114,8 +114,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
             )
 
     def require_classifier_start(self) -> None:
-        """Raise UserError unless this is a classifier with one label or a causal language model, which both can be the
-        start of a classifier's training."""
+        """Raise UserError unless a classifier with one label can be trained from this model: from such a classifier, or
+        from a causal language model."""
         if self.labels is None:
             self.require_causal()
         else:
@@ -142,7 +142,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         return (self.path / VALUE_HEAD).is_file()
 
     def require_ids(self, largest: int, what: str) -> None:
-        """Raise UserError if the largest token id of `what` lies outside of the model's embedding."""
+        """Raise UserError if `largest`, the largest token id in `what`, is outside the model's embedding."""
         if self.vocabulary_size is not None and largest >= self.vocabulary_size:
             raise UserError(
                 f"{what} holds the token id {largest}, but the embedding of {self.path} has only "

@@ -59,7 +59,7 @@ class Operations:
     """Number of trained parameters."""
     recomputes: bool = False
     """Whether activations are recomputed in the backward pass."""
-    beside: int = 0
+    forward_models: int = 0
     """Number of further models of the same shape that only do forward passes over the same tokens."""
 
     @property

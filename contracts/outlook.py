@@ -16,19 +16,19 @@ from contracts.model_size import Size
 from contracts.operations import BYTES_PER_TOKEN
 from contracts.splits import choose_files
 
-PROCESS = 640 << 20
+PROCESS_BYTES = 640 << 20
 """Memory of Python, torch and its kernels in one process."""
 TEMPLATE_TOKENS = 64
 """Upper estimate of the tokens that a chat template adds to a prompt."""
-FILE = 8 << 10
+FILE_BYTES = 8 << 10
 """Bytes of a small file on the disk, with its receipt and the unused rest of its last block."""
-STAGE = 64 << 10
+STAGE_BYTES = 64 << 10
 """Bytes of a stage's manifest, logs and small files."""
-ID, LOGPROB, TEXT = 7, 24, 9
+ID_BYTES, LOGPROB_BYTES, TEXT_BYTES = 7, 24, 9
 """Bytes of a token in JSON: as an id with its comma, as a log-probability, as text."""
-SAMPLE = 256
+SAMPLE_BYTES = 256
 """Bytes of an answer, or of its score, in addition to the tokens."""
-ROLLOUT = 512
+ROLLOUT_BYTES = 512
 """Bytes of a prompt with its answers in addition to their tokens."""
 LINES = (".jsonl", ".json", ".csv", ".tsv")
 """Suffixes of files with one row per line; a `.json` may also be a single list of rows."""
@@ -89,7 +89,7 @@ class AnswerStats:
     @property
     def prompt_bytes(self) -> int:
         """Bytes of all prompts as rows with token ids, which take at most 7 per byte of text."""
-        return (1 + ID) * self.prompts.bytes + self.prompts.count * ROLLOUT
+        return (1 + ID_BYTES) * self.prompts.bytes + self.prompts.count * ROLLOUT_BYTES
 
 
 @dataclass(frozen=True)

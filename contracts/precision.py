@@ -14,8 +14,8 @@ def resolve_dtype(asked: str, *, on_gpu: bool, sampled: Path | None = None) -> s
 
     `auto` is bfloat16 on a GPU. On a CPU it is float32, because training, and the log-probabilities that training
     compares with its own, would lose too much precision. A model that is only sampled from is computed in bfloat16 if
-    the CPU supports that natively (emulation is several times slower) and the weights are stored in half precision, so
-    that nothing is lost by loading them.
+    the CPU supports that natively (emulation is several times slower) and the weights are stored in half precision,
+    because then they are the same numbers.
 
     Args:
         sampled: the directory of a model that is only sampled from.

@@ -1,4 +1,4 @@
-"""Preflight: finds what would make a stage fail hours later, in the stage's own environment, before a run starts.
+"""Preflight: finds problems that would make a stage fail hours later, in its own environment, before a run starts.
 
 The driver knows all stages of a run, but has neither torch nor a tokenizer. So it sends the stages' configs to each of
 their environments, on standard input of `python -m contracts.preflight`, and reads a `PreflightReport` from the last
@@ -34,7 +34,7 @@ class Finding(msgspec.Struct, frozen=True):
 
     level: Level
     found: str
-    """What was checked and what was found: one or two sentences."""
+    """The finding in one or two sentences: what was checked, and the result."""
     fix: str | None = None
     """How to fix a warning or an error; None if `found` says it, or nothing needs to be done."""
 
@@ -78,9 +78,9 @@ class PreflightReport(msgspec.Struct):
 
     findings: list[Finding] = []
     probes: dict[str, Any] = {}
-    """By model path: the tokenization of fixed texts and of the conversations. The driver compares environments."""
+    """Tokenizations of fixed texts and of the conversations, by model path. The driver compares environments."""
     vocabularies: dict[str, str] = {}
-    """By model path: the digest of its vocabulary. The driver compares models that read each other's token ids."""
+    """Digests of vocabularies, by model path. The driver compares models that read each other's token ids."""
 
 
 @dataclass

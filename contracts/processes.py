@@ -146,22 +146,23 @@ def start_time(pid: int) -> str:
     return "gone" if fields[0] == "Z" else fields[19]
 
 
-def marked(mark: str) -> list[int]:
-    """The other processes on this machine that have the variable `mark` (NAME=VALUE) in their environment."""
+def pids_with_variable(variable: str) -> list[int]:
+    """Ids of the other processes on this machine whose environment contains `variable` (NAME=VALUE)."""
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:  # it has just ended, or belongs to another user
             continue
-        if mark.encode() in variables and int(folder.name) != os.getpid():
+        if variable.encode() in variables and int(folder.name) != os.getpid():
             found.append(int(folder.name))
     return found
 
 
-def end_marked(mark: str) -> list[int]:
-    """Kill the processes that have the variable `mark` in their environment, and wait until they are gone."""
-    found = marked(mark)
+def kill_with_variable(variable: str) -> list[int]:
+    """Kill the other processes whose environment contains `variable` (NAME=VALUE), wait until they are gone, and return
+    their ids."""
+    found = pids_with_variable(variable)
     for pid in found:
         kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 10

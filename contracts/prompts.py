@@ -77,11 +77,11 @@ class PromptsConfig(PromptsSettings, StageConfig):
 
 
 EMPTY_PROMPT = "empty_prompt"
-"""Reason in the drop ledger: responses to a prompt in which nothing is asked."""
+"""Reason in the drop ledger for responses to an empty prompt."""
 
 
 def is_empty(messages: Sequence[Message]) -> bool:
-    """Whether a conversation says nothing apart from system messages."""
+    """Whether a conversation is empty apart from system messages."""
     return not any(turn.content.strip() or turn.tool_calls for turn in messages if turn.role != "system")
 
 

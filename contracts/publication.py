@@ -83,7 +83,9 @@ class Publication:
         self._lock = DirectoryLock(self.directory, target)
 
     def begin(self, patience: float = 0.0) -> None:
-        """Create the hidden directory or take it over, exclusively, and clean up what a crash left in it.
+        """Create the hidden directory, or take it over from an ended process, and clean up after a crash.
+
+        The caller becomes the only process that may write into it.
 
         Args:
             patience: seconds to wait for the lock. On a shared file system the lock of a dead machine is held until
@@ -276,7 +278,7 @@ class Publication:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def clear(self) -> None:
-        """After the target is published: delete what a killed process left beside it, unless it is locked."""
+        """After the target is published: delete a hidden directory that a killed process left, unless it is locked."""
         with contextlib.suppress(UserError):
             if self.directory.exists():
                 self.begin()

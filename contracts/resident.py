@@ -106,7 +106,7 @@ def outliving_attempt() -> Iterator[None]:
     """Let processes that are started inside outlive the attempt, until this process ends.
 
     They do not inherit the attempt's variable, by which a supervisor finds the processes that it kills
-    (`contracts.processes.end_marked`).
+    (`contracts.processes.kill_with_variable`).
     """
     mark = os.environ.pop(ATTEMPT, None) if _allowed else None
     try:

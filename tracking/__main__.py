@@ -17,7 +17,7 @@ from contracts import entrypoint
 from contracts.files import write_atomically
 from contracts.locks import locked
 from contracts.points import METRICS, decode_points
-from contracts.processes import end_marked
+from contracts.processes import kill_with_variable
 from contracts.tailing import complete_lines, stdin_closed
 from tracking.base import TrackedRun, Tracker
 from tracking.task import MARK, TrackingTask, sent_file
@@ -38,7 +38,7 @@ def main() -> int:
     run.tracking_directory.mkdir(exist_ok=True)
     # A process of an earlier command may still be sending.
     with locked(run.tracking_directory / f"{task.tracker}.lock"):
-        end_marked(f"{MARK}={os.environ[MARK]}")  # processes that its library left behind when it was killed
+        kill_with_variable(f"{MARK}={os.environ[MARK]}")  # processes that its library left behind when it was killed
         ended, seconds = stdin_closed(), POLL_SECONDS
         if task.settings.get("mode") == "offline":
             seconds = OFFLINE_SECONDS

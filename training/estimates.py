@@ -9,7 +9,7 @@ from pathlib import Path
 
 from contracts.architectures import FLAT
 from contracts.model_size import Size
-from contracts.outlook import PROCESS, STAGE, AnswerStats, Memory, Outlook
+from contracts.outlook import PROCESS_BYTES, STAGE_BYTES, AnswerStats, Memory, Outlook
 from training.config import TrainingConfig
 
 HEAD_CHUNK = 2048
@@ -151,7 +151,7 @@ def training_memory(
         parts["reference"] = base * size.parameters + 4 * REFERENCE_CHUNK * size.vocabulary * 6
     freed = parts["activations"] + parts.get("logits", 0)
     parts["step"] = max(0, step_bytes - freed, merge_bytes - freed)
-    return Memory({**parts, "process": PROCESS}, parallel.processes)
+    return Memory({**parts, "process": PROCESS_BYTES}, parallel.processes)
 
 
 def trained_parameters(config: TrainingConfig, size: Size) -> int:
@@ -207,4 +207,4 @@ def bytes_per_number(config: TrainingConfig, on_gpu: bool) -> int:
 def model_bytes(output: Path, outlook: Outlook) -> int | None:
     """Bytes of a model published in float32 with its tokenizer; None if its size is unknown."""
     size = outlook.size_of(output)
-    return None if size is None else size.checkpoint_bytes(4) + STAGE
+    return None if size is None else size.checkpoint_bytes(4) + STAGE_BYTES

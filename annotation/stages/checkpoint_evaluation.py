@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from annotation.config import CheckpointEvaluationConfig
 from contracts.declaration import ModelUse, Stage
-from contracts.outlook import PROCESS, STAGE, Memory, Outlook
+from contracts.outlook import PROCESS_BYTES, STAGE_BYTES, Memory, Outlook
 from contracts.records import CHECKPOINT_EVALUATION
 
 
@@ -25,11 +25,11 @@ class CheckpointEvaluation(Stage[CheckpointEvaluationConfig]):
         size = outlook.size_of(config.checkpoint)
         if size is None:
             return None
-        return Memory({"weights": size.parameters * (2 if on_gpu else 4), "process": PROCESS}, processes=1)
+        return Memory({"weights": size.parameters * (2 if on_gpu else 4), "process": PROCESS_BYTES}, processes=1)
 
     def published_bytes(self, config: CheckpointEvaluationConfig, outlook: Outlook) -> int:
         """Size of its metrics; that of the function's files is unknown."""
-        return STAGE
+        return STAGE_BYTES
 
 
 EVALUATE_CHECKPOINT = CheckpointEvaluation(

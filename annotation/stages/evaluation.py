@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from annotation.config import EvaluationConfig
 from contracts.declaration import Stage
-from contracts.outlook import STAGE, Outlook
+from contracts.outlook import STAGE_BYTES, Outlook
 from contracts.records import EVALUATION
 
 
@@ -14,7 +14,7 @@ class Evaluation(Stage[EvaluationConfig]):
 
     def published_bytes(self, config: EvaluationConfig, outlook: Outlook) -> int:
         """Size of its metrics."""
-        return STAGE
+        return STAGE_BYTES
 
 
 EVALUATE = Evaluation(EvaluationConfig, EVALUATION, "annotation.evaluating.evaluation:run", command="evaluate")

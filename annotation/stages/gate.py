@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from annotation.gating.config import GateConfig
 from contracts.declaration import Stage
-from contracts.outlook import STAGE, Outlook
+from contracts.outlook import STAGE_BYTES, Outlook
 from contracts.records import GATE
 
 
@@ -14,7 +14,7 @@ class Gate(Stage[GateConfig]):
 
     def published_bytes(self, config: GateConfig, outlook: Outlook) -> int:
         """Size of the decision, which has only a few numbers."""
-        return STAGE
+        return STAGE_BYTES
 
 
 DECIDE = Gate(GateConfig, GATE, "annotation.gating.stage:run")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from annotation.data.mixing import PairsSampleConfig, PreferencesImportConfig, PreferencesScoresConfig
 from contracts.declaration import ModelUse, Stage
 from contracts.models import ModelInfo
-from contracts.outlook import FILE, SAMPLE, STAGE, AnswerStats, Outlook, PairStats
+from contracts.outlook import FILE_BYTES, SAMPLE_BYTES, STAGE_BYTES, AnswerStats, Outlook, PairStats
 from contracts.records import PAIRS, ROLLOUTS, SCORES
 
 
@@ -27,7 +27,7 @@ class PreferencesImport(Stage[PreferencesImportConfig]):
     def published_bytes(self, config: PreferencesImportConfig, outlook: Outlook) -> int | None:
         """Size of the source's texts and token ids."""
         answers = self.answers(config, outlook)
-        return None if answers is None else 2 * answers.prompt_bytes + answers.shards * FILE + STAGE
+        return None if answers is None else 2 * answers.prompt_bytes + answers.shards * FILE_BYTES + STAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PreferencesScores(Stage[PreferencesScoresConfig]):
     def published_bytes(self, config: PreferencesScoresConfig, outlook: Outlook) -> int | None:
         """256 bytes per answer."""
         answers = outlook.answers_of(config.rollouts)
-        return None if answers is None else answers.count * SAMPLE + answers.shards * FILE + STAGE
+        return None if answers is None else answers.count * SAMPLE_BYTES + answers.shards * FILE_BYTES + STAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PairsSample(Stage[PairsSampleConfig]):
             return None
         answers = found.answers
         text = 9 * answers.prompts.bytes // max(1, answers.prompts.count)
-        return found.count * (text + 32 * answers.longest_answer + 640) + STAGE
+        return found.count * (text + 32 * answers.longest_answer + 640) + STAGE_BYTES
 
 
 IMPORT_PREFERENCES = PreferencesImport(PreferencesImportConfig, ROLLOUTS, "annotation.data.preferences:run_import")

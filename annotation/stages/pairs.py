@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from annotation.pairing.config import PairsConfig
 from contracts.declaration import Stage
-from contracts.outlook import ID, STAGE, TEXT, Outlook, PairStats
+from contracts.outlook import ID_BYTES, STAGE_BYTES, TEXT_BYTES, Outlook, PairStats
 from contracts.records import PAIRS
 
 PAIR = 640
@@ -28,8 +28,8 @@ class PairChoice(Stage[PairsConfig]):
         if pairs is None:
             return None
         prompts, tokens = pairs.answers.prompts, pairs.answers.longest_answer
-        text = (2 + ID) * prompts.bytes // max(1, prompts.count)
-        return 2 * pairs.count * (text + 2 * tokens * (ID + TEXT) + PAIR) + STAGE
+        text = (2 + ID_BYTES) * prompts.bytes // max(1, prompts.count)
+        return 2 * pairs.count * (text + 2 * tokens * (ID_BYTES + TEXT_BYTES) + PAIR) + STAGE_BYTES
 
 
 CHOOSE_PAIRS = PairChoice(

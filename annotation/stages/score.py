@@ -9,7 +9,7 @@ from annotation.scorers.base import CPU_TOKENS, ModelSettings, ScoreConfig
 from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.errors import UserError
 from contracts.operations import ModelLayout, Operations, shape_of
-from contracts.outlook import FILE, LOGPROB, PROCESS, SAMPLE, STAGE, Memory, Outlook
+from contracts.outlook import FILE_BYTES, LOGPROB_BYTES, PROCESS_BYTES, SAMPLE_BYTES, STAGE_BYTES, Memory, Outlook
 from contracts.records import SCORES
 
 
@@ -38,7 +38,7 @@ class Scoring(Stage[ScoreConfig]):
         if size is None:
             return None
         parts = config.memory(size, outlook.answers_of(config.rollouts), on_gpu=on_gpu)
-        return Memory({**parts, "process": PROCESS}, config.replicas_of_shards)
+        return Memory({**parts, "process": PROCESS_BYTES}, config.replicas_of_shards)
 
     def operations(self, config: ScoreConfig, outlook: Outlook, *, on_gpu: bool) -> Operations | None:
         """A forward pass over the answers, or only over those in pairs; if answers are compared, over each comparison
@@ -75,8 +75,8 @@ class Scoring(Stage[ScoreConfig]):
         count = answers.count
         if config.pairs is not None and (pairs := outlook.pairs_of(config.pairs)):
             count = min(count, 2 * pairs.count)
-        tokens = answers.longest_answer * LOGPROB if config.reads_tokens or config.rewards_tokens else 0
-        return count * (SAMPLE + tokens) + answers.shards * FILE + STAGE
+        tokens = answers.longest_answer * LOGPROB_BYTES if config.reads_tokens or config.rewards_tokens else 0
+        return count * (SAMPLE_BYTES + tokens) + answers.shards * FILE_BYTES + STAGE_BYTES
 
     def workload(self, config: ScoreConfig) -> Workload:
         """The scorer's workload; without a model it is one job."""

@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 from annotation.data.selection import SelectConfig, SelectScoresConfig
 from contracts.declaration import Stage
-from contracts.outlook import FILE, ID, LOGPROB, SAMPLE, STAGE, TEXT, AnswerStats, Outlook
+from contracts.outlook import (
+    FILE_BYTES,
+    ID_BYTES,
+    LOGPROB_BYTES,
+    SAMPLE_BYTES,
+    STAGE_BYTES,
+    TEXT_BYTES,
+    AnswerStats,
+    Outlook,
+)
 from contracts.records import ROLLOUTS, SCORES
 
 
@@ -21,8 +30,13 @@ class Selection(Stage[SelectConfig]):
         answers = self.answers(config, outlook)
         if answers is None:
             return None
-        tokens = answers.longest_answer * (ID + LOGPROB + TEXT)
-        return answers.prompt_bytes + answers.count * (tokens + SAMPLE) + len(config.rounds) * FILE + STAGE
+        tokens = answers.longest_answer * (ID_BYTES + LOGPROB_BYTES + TEXT_BYTES)
+        return (
+            answers.prompt_bytes
+            + answers.count * (tokens + SAMPLE_BYTES)
+            + len(config.rounds) * FILE_BYTES
+            + STAGE_BYTES
+        )
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,7 @@ class ScoreSelection(Stage[SelectScoresConfig]):
     def published_bytes(self, config: SelectScoresConfig, outlook: Outlook) -> int | None:
         """256 bytes per answer."""
         answers = outlook.answers_of(config.rollouts)
-        return None if answers is None else answers.count * SAMPLE + len(config.scores) * FILE + STAGE
+        return None if answers is None else answers.count * SAMPLE_BYTES + len(config.scores) * FILE_BYTES + STAGE_BYTES
 
 
 SELECT = Selection(SelectConfig, ROLLOUTS, "annotation.data.selection:run")

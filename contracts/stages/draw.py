@@ -5,7 +5,7 @@ from pathlib import Path
 
 from contracts.declaration import Stage
 from contracts.mixture import DrawConfig
-from contracts.outlook import STAGE, Outlook, RowStats
+from contracts.outlook import STAGE_BYTES, Outlook, RowStats
 from contracts.records import PROMPTS
 
 
@@ -25,7 +25,7 @@ class PromptDraw(Stage[DrawConfig]):
     def published_bytes(self, config: DrawConfig, outlook: Outlook) -> int | None:
         """Bytes of the rows and of a stage's other files."""
         rows = outlook.rows_of(config.output)
-        return None if rows is None else rows.bytes + STAGE
+        return None if rows is None else rows.bytes + STAGE_BYTES
 
 
 DRAW = PromptDraw(DrawConfig, PROMPTS, "contracts.drawing:run", environment="annotation")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.declaration import Stage
-from contracts.outlook import STAGE, Outlook, RowStats, measure
+from contracts.outlook import STAGE_BYTES, Outlook, RowStats, measure
 from contracts.prompts import PromptsConfig
 from contracts.records import PROMPTS
 
@@ -29,7 +29,7 @@ class PromptImport(Stage[PromptsConfig]):
     def published_bytes(self, config: PromptsConfig, outlook: Outlook) -> int | None:
         """Bytes of the rows and of a stage's other files."""
         prompts = outlook.rows_of(config.output)
-        return None if prompts is None else prompts.bytes + STAGE
+        return None if prompts is None else prompts.bytes + STAGE_BYTES
 
 
 IMPORT_PROMPTS = PromptImport(

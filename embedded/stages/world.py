@@ -5,7 +5,7 @@ from pathlib import Path
 
 from contracts.declaration import Stage
 from contracts.model_size import Size, size_from_config
-from contracts.outlook import STAGE, Outlook, RowStats
+from contracts.outlook import STAGE_BYTES, Outlook, RowStats
 from contracts.records import WORLD
 from embedded.config import WorldConfig
 
@@ -48,7 +48,7 @@ class World(Stage[WorldConfig]):
         """The bytes of the model in fp32, with the tied head written a second time, and of the data."""
         size = self.size(config)
         rows = config.demonstrations + config.train + config.preference + config.heldout
-        return size.checkpoint_bytes(4) + 4 * size.vocabulary * size.hidden + rows * ROW + STAGE
+        return size.checkpoint_bytes(4) + 4 * size.vocabulary * size.hidden + rows * ROW + STAGE_BYTES
 
 
 MAKE_WORLD = World(WorldConfig, WORLD, "embedded.world:run", environment="training")

@@ -13,7 +13,19 @@ from contracts.errors import UserError
 from contracts.model_size import Size
 from contracts.models import ModelInfo
 from contracts.operations import ModelLayout, Operations, shape_of
-from contracts.outlook import FILE, ID, LOGPROB, PROCESS, SAMPLE, STAGE, TEXT, AnswerStats, Memory, Outlook, RowStats
+from contracts.outlook import (
+    FILE_BYTES,
+    ID_BYTES,
+    LOGPROB_BYTES,
+    PROCESS_BYTES,
+    SAMPLE_BYTES,
+    STAGE_BYTES,
+    TEXT_BYTES,
+    AnswerStats,
+    Memory,
+    Outlook,
+    RowStats,
+)
 from contracts.records import ROLLOUTS
 from generation.config import GenerationConfig
 
@@ -98,8 +110,8 @@ class Generation(Stage[GenerationConfig]):
         answers = self.answers(config, outlook)
         if answers is None:
             return None
-        answer_bytes = answers.count * (answers.longest_answer * (ID + LOGPROB + TEXT) + SAMPLE)
-        return answers.prompt_bytes + answer_bytes + answers.shards * FILE + STAGE
+        answer_bytes = answers.count * (answers.longest_answer * (ID_BYTES + LOGPROB_BYTES + TEXT_BYTES) + SAMPLE_BYTES)
+        return answers.prompt_bytes + answer_bytes + answers.shards * FILE_BYTES + STAGE_BYTES
 
     def workload(self, config: GenerationConfig) -> Workload:
         """Generation: any number of tasks share the shards."""
@@ -194,7 +206,7 @@ def generation_memory(config: GenerationConfig, size: Size, answers: AnswerStats
         "weights": size.parameters * number // devices,
         "KV cache": cache,
         "logits": 32 * batch * size.vocabulary,
-        "process": PROCESS,
+        "process": PROCESS_BYTES,
     }
     share = config.memory_utilization if on_gpu and config.engine == "vllm" else 1.0
     processes = max(config.replicas, config.servers) * (1 if on_gpu or config.engine == "transformers" else devices)

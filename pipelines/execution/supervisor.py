@@ -36,7 +36,7 @@ from contracts.files import write_atomically
 from contracts.following import FOLLOW, Producer, announcement
 from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.limits import limit_message_for_signal
-from contracts.processes import end_groups, end_marked, kill, marked, start_time, wait_for_end
+from contracts.processes import end_groups, kill, kill_with_variable, pids_with_variable, start_time, wait_for_end
 from contracts.stopping import DEFAULT_GRACE, GRACE
 
 RUN = "RATCHET_RUN"
@@ -132,7 +132,7 @@ def supervise(
         finally:
             if not stays(process):
                 end_groups([process], 0.0 if stalled else request.grace_seconds + 10)
-            end_marked(f"{ATTEMPT}={folder}")
+            kill_with_variable(f"{ATTEMPT}={folder}")
     code = process.returncode
     assert code is not None
     if (code < 0 or code > 128) and (limit := limit_message_for_signal(-code if code < 0 else code - 128)):
@@ -230,7 +230,7 @@ def _modified(path: Path) -> float | None:
 
 def dump_tracebacks(attempt: str, leader: int) -> None:
     """Have every process of a stalled attempt that handles SIGQUIT write its traceback to the log."""
-    for pid in dict.fromkeys([leader, *marked(f"{ATTEMPT}={attempt}")]):
+    for pid in dict.fromkeys([leader, *pids_with_variable(f"{ATTEMPT}={attempt}")]):
         if _handles_signal(pid, signal.SIGQUIT):
             kill(pid, signal.SIGQUIT)
     time.sleep(1.0)
@@ -258,7 +258,7 @@ def is_driver_alive(driver: tuple[int, str] | None) -> bool:
 
 def end_orphans(run: Path) -> list[int]:
     """Kill the processes that a killed driver of this run left on this machine. The caller holds the run's lock."""
-    return end_marked(f"{RUN}={run}")
+    return kill_with_variable(f"{RUN}={run}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from contracts.conversation_samples import SampledData, SamplingRequest
 from contracts.errors import UserError
 from contracts.files import exists_or_matches, write_atomically
 from contracts.fingerprint import digest
-from contracts.mixture import DrawConfig, shares, too_few_prompts
+from contracts.mixture import DrawConfig, next_sources, too_few_prompts
 from contracts.nested import leaves
 from contracts.preflight import Conversation, Finding, PreflightReport, PreflightRequest, StageRequest
 from contracts.records import Message
@@ -265,7 +265,7 @@ def too_small_sets(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
     draws = (node.config for node in graph.nodes.values() if isinstance(node.config, DrawConfig))
     for config in itertools.islice((config for config in draws if not config.replaces), DRAWS):
         weights = {name: config.weights.get(name, 1.0) for name in config.sources}
-        wanted = Counter(shares(weights, taken, config.count))
+        wanted = Counter(next_sources(weights, taken, config.count))
         taken += wanted
         for name, path in config.sources.items():
             made = graph.producer(path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from contracts.artifacts import Artifact
 from contracts.drawing import LastAnswers, difficulties, draw_by_difficulty
 from contracts.ledger import Ledger
-from contracts.mixture import CurriculumSettings, no_signal_reason, shares
+from contracts.mixture import CurriculumSettings, next_sources, no_signal_reason
 from contracts.publication import Publication
 from contracts.records import PROMPTS, SCORES, Message, Prompt, Schema, Score
 
@@ -85,9 +85,9 @@ def test_shares_are_those_of_the_weights_however_they_are_divided_into_iteration
 ) -> None:
     taken: Counter[str] = Counter()
     for count in counts:
-        taken.update(shares(weights, taken, count))
+        taken.update(next_sources(weights, taken, count))
     total = sum(counts)
-    assert taken == Counter(shares(dict(reversed(weights.items())), {}, total))
+    assert taken == Counter(next_sources(dict(reversed(weights.items())), {}, total))
     for name, weight in weights.items():
         assert abs(taken[name] - total * weight / sum(weights.values())) < len(weights)
 

@@ -38,7 +38,7 @@ from contracts.fingerprint import file_sha256
 from contracts.jsonl import read_jsonl
 from contracts.manifest import MANIFEST
 from contracts.points import read_points
-from contracts.processes import marked
+from contracts.processes import pids_with_variable
 from pipelines.config.load import load_run_config
 from pipelines.config.run import RunConfig
 from pipelines.environments.paths import source_root
@@ -382,7 +382,7 @@ class Round:
         """Execute a fault from outside. Returns False if there is no process to hit at the moment."""
         pid = driver.pid
         if fault.point != "driver":
-            stages = marked(f"{RUN}={self.run}")
+            stages = pids_with_variable(f"{RUN}={self.run}")
             found = stages if fault.point == "stage" else self.supervisors(stages, driver.pid)
             if not found:
                 return False
@@ -400,7 +400,7 @@ class Round:
 
     def supervisors(self, stages: list[int], driver: int) -> list[int]:
         """The processes of the round that are neither its driver nor its stages."""
-        others = set(marked(f"{CHAOS}={self.plan}")) - {*stages, driver}
+        others = set(pids_with_variable(f"{CHAOS}={self.plan}")) - {*stages, driver}
         return [pid for pid in others if is_supervisor(Path(f"/proc/{pid}/cmdline").read_bytes())]
 
     def check_end(self, life: int, code: int, met: list[Fault]) -> None:
@@ -541,7 +541,7 @@ class Round:
     def count_left(self) -> int:
         """Count the processes of the round that are left, after waiting for those that are just ending."""
         deadline = time.monotonic() + 200
-        while left := marked(f"{CHAOS}={self.plan}"):
+        while left := pids_with_variable(f"{CHAOS}={self.plan}"):
             if time.monotonic() > deadline:
                 self.tally.problems += [f"process {pid} is left" for pid in left]
                 break

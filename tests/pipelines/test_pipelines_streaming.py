@@ -33,7 +33,7 @@ from contracts.following import Producer
 from contracts.jsonl import read_jsonl, write_jsonl
 from contracts.manifest import MANIFEST, Manifest
 from contracts.points import KEY, REPORTS, Report, read_points
-from contracts.processes import kill, marked
+from contracts.processes import kill, pids_with_variable
 from contracts.publication import finished_in, receipt_in
 from contracts.records import Rollout, Score
 from contracts.stages.prompts import IMPORT_PROMPTS
@@ -496,7 +496,7 @@ def test_kills_at_any_instant(tmp_path: Path, plain: Scene) -> None:
             driver = start_driver(folder, config, tmp_path / "drivers.log")
             longest *= 1.05  # on a machine that does much else, nothing would ever be finished
             while not ended_within(driver, chance.uniform(0.05, longest)):
-                kill(chance.choice([driver, *marked(f"{MARK}={folder}")]), signal.SIGKILL)
+                kill(chance.choice([driver, *pids_with_variable(f"{MARK}={folder}")]), signal.SIGKILL)
                 kills += 1
             ended = os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1])
             assert ended in (0, -signal.SIGKILL), (tmp_path / "drivers.log").read_text()[-3000:]

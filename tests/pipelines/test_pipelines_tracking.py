@@ -12,7 +12,7 @@ from forked import Forked
 from pipelines_smallest import pipeline, write_pretended
 
 from contracts.points import read_points
-from contracts.processes import marked
+from contracts.processes import pids_with_variable
 from contracts.stages.prompts import IMPORT_PROMPTS
 from pipelines.config.load import load_run_config
 from pipelines.environments.locked import interpreter
@@ -77,7 +77,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(smallest: Path, t
 def test_a_tracker_that_hangs_is_ended_when_its_time_is_over(smallest: Path, tmp_path: Path) -> None:
     scene = Scene(tmp_path, smallest, "sleep 1000", grace_seconds=0.5)
     assert "not done in time" in scene.drive().error
-    assert marked(f"{MARK}={scene.run.path}/mlflow") == []
+    assert pids_with_variable(f"{MARK}={scene.run.path}/mlflow") == []
 
 
 CHATTY = """

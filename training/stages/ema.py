@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.declaration import ModelUse, Stage
-from contracts.outlook import PROCESS, Memory, Outlook
+from contracts.outlook import PROCESS_BYTES, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import EmaConfig
 from training.estimates import model_bytes
@@ -25,7 +25,7 @@ class AverageUpdate(Stage[EmaConfig]):
     def memory(self, config: EmaConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
         """Three models in fp32: the current average, the model to add and the new average."""
         size = outlook.size_of(config.model)
-        return None if size is None else Memory({"weights": 3 * 4 * size.parameters, "process": PROCESS}, 1)
+        return None if size is None else Memory({"weights": 3 * 4 * size.parameters, "process": PROCESS_BYTES}, 1)
 
     def published_bytes(self, config: EmaConfig, outlook: Outlook) -> int | None:
         """Four bytes per parameter, and the tokenizer."""

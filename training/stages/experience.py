@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 
 from contracts.declaration import Stage
-from contracts.outlook import ID, LOGPROB, PROCESS, SAMPLE, STAGE, AnswerStats, Memory, Outlook
+from contracts.outlook import (
+    ID_BYTES,
+    LOGPROB_BYTES,
+    PROCESS_BYTES,
+    SAMPLE_BYTES,
+    STAGE_BYTES,
+    AnswerStats,
+    Memory,
+    Outlook,
+)
 from contracts.records import EXPERIENCE
 from training.config import ExperienceConfig
 
@@ -29,7 +38,11 @@ class ExperienceStage(Stage[ExperienceConfig]):
         """The numbers of all samples, which are in memory at once."""
         answers = self.answers(config, outlook)
         tokens = answers.count * answers.longest_answer if answers else 0
-        return Memory({"numbers per token": NUMBERS_PER_TOKEN * 8 * tokens, "process": PROCESS}, 1) if answers else None
+        return (
+            Memory({"numbers per token": NUMBERS_PER_TOKEN * 8 * tokens, "process": PROCESS_BYTES}, 1)
+            if answers
+            else None
+        )
 
     def published_bytes(self, config: ExperienceConfig, outlook: Outlook) -> int | None:
         """prompts · (8 · text + 512) + answers · (256 + max_new_tokens · (7 + 24 · c)); c: numbers per token."""
@@ -37,8 +50,8 @@ class ExperienceStage(Stage[ExperienceConfig]):
         if answers is None:
             return None
         numbers = 2 + (config.reference is not None) + 2 * (config.values is not None)
-        each = SAMPLE + answers.longest_answer * (ID + numbers * LOGPROB)
-        return answers.prompt_bytes + answers.count * each + STAGE
+        each = SAMPLE_BYTES + answers.longest_answer * (ID_BYTES + numbers * LOGPROB_BYTES)
+        return answers.prompt_bytes + answers.count * each + STAGE_BYTES
 
 
 MAKE_EXPERIENCE = ExperienceStage(ExperienceConfig, EXPERIENCE, "training.experience:run")

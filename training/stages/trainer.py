@@ -10,7 +10,7 @@ from contracts.config import validate
 from contracts.declaration import ModelUse, ProcessLayout, Stage, Workload
 from contracts.models import ModelInfo
 from contracts.operations import ModelLayout, Operations, shape_of
-from contracts.outlook import STAGE, AnswerStats, Memory, Outlook, PairStats
+from contracts.outlook import STAGE_BYTES, AnswerStats, Memory, Outlook, PairStats
 from training.config import TrainingConfig
 from training.estimates import RowShape, bytes_per_number, longest_row_of, trained_parameters, training_memory
 from training.parallel import ParallelConfig, check_layout
@@ -105,14 +105,14 @@ class Training(Stage[T]):
             steps=steps,
             trained=trained_parameters(config, size),
             recomputes=config.gradient_checkpointing,
-            beside=len(self.models(config)) - 1,
+            forward_models=len(self.models(config)) - 1,
         )
 
     def published_bytes(self, config: T, outlook: Outlook) -> int | None:
         """Four bytes per parameter (bf16: 2, and 2 for the remainders to fp32), the tokenizer, and the training log."""
         size = outlook.size_of(config.output)
         steps = self.steps(config, outlook) or 0
-        return None if size is None else size.checkpoint_bytes(4) + LOG_LINE_BYTES * steps + STAGE
+        return None if size is None else size.checkpoint_bytes(4) + LOG_LINE_BYTES * steps + STAGE_BYTES
 
     def scratch_bytes(self, config: T, outlook: Outlook) -> int:
         """The training state: T trained parameters and AdamW's two moments in fp32 (12 T; 4 T for SGD). Twice that

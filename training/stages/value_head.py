@@ -5,7 +5,7 @@ from pathlib import Path
 
 from contracts.declaration import ModelUse, Stage
 from contracts.models import ModelInfo
-from contracts.outlook import PROCESS, Memory, Outlook
+from contracts.outlook import PROCESS_BYTES, Memory, Outlook
 from contracts.records import CHECKPOINT
 from training.config import ValueHeadConfig
 from training.estimates import model_bytes
@@ -26,7 +26,7 @@ class UntrainedCritic(Stage[ValueHeadConfig]):
     def memory(self, config: ValueHeadConfig, outlook: Outlook, *, on_gpu: bool) -> Memory | None:
         """Two copies of the weights in fp32: as read, and as written."""
         size = outlook.size_of(config.model)
-        return None if size is None else Memory({"weights": 2 * 4 * size.parameters, "process": PROCESS}, 1)
+        return None if size is None else Memory({"weights": 2 * 4 * size.parameters, "process": PROCESS_BYTES}, 1)
 
     def published_bytes(self, config: ValueHeadConfig, outlook: Outlook) -> int | None:
         """Four bytes per parameter, and the tokenizer."""

@@ -156,10 +156,10 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
     trains_few = work.trained < size.parameters / 10
     factor = (2 if trains_few else 3) + work.recomputes
     logits = work.passes * work.logits / steps / dp / sp
-    operations = (factor + work.beside) * forward_operations(size, 1, work.length, 0) * tokens
-    operations += (factor + work.beside) * 2.0 * size.vocabulary * size.hidden * logits
-    bytes_moved = micro_batches * (factor + work.beside) * size.parameters * work.number
-    passes = micro_batches * (factor + work.beside)
+    operations = (factor + work.forward_models) * forward_operations(size, 1, work.length, 0) * tokens
+    operations += (factor + work.forward_models) * 2.0 * size.vocabulary * size.hidden * logits
+    bytes_moved = micro_batches * (factor + work.forward_models) * size.parameters * work.number
+    passes = micro_batches * (factor + work.forward_models)
     dispatch = passes * size.layers / pp * DISPATCH_SECONDS[sheet.is_gpu]
     compute = _roofline(operations, bytes_moved, work.number, sheet) / tp / pp + dispatch
     layers = size.layers / pp
@@ -195,7 +195,7 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
 def load_seconds(work: Operations, sheet: DataSheet) -> float:
     """Time to read the weights from disk and move them to the device, and for sampling to build the engine."""
     held = work.model.parameters * work.number / max(1, work.layout.tp) / max(1, work.layout.pp)
-    seconds = (1 + work.beside) * (held / sheet.disk + held / sheet.pcie)
+    seconds = (1 + work.forward_models) * (held / sheet.disk + held / sheet.pcie)
     return seconds + (ENGINE_SECONDS[sheet.is_gpu] if work.kind == "sampling" else 0.0)
 
 
