@@ -23,7 +23,7 @@ NAMES: dict[int, str] = {}
 """Commands by process id; the kernel's name for processes that this one did not start."""
 LISTENERS: dict[str, float] = {}
 _SUBREAPER = 36
-OF_READERS = ("wandb-core", "gpu_stats")
+READER_PROCESSES = ("wandb-core", "gpu_stats")
 """The kernel's names of processes that readers start and do not wait for."""
 
 
@@ -55,7 +55,7 @@ def parts_of(record: dict[str, Any]) -> Parts:
             found[name] += spent
         elif "contracts.callable_check" in name:
             found["checks of functions"] += spent
-        elif name in OF_READERS:
+        elif name in READER_PROCESSES:
             found[f"left by a reader: {name}"] += spent
     for module, spent in record["listeners"].items():
         found[f"in the driver: {module.rpartition('.')[2]}"] += spent

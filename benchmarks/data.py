@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, whose training.py is not the package
 
-from benchmarks.lag import Curve, curve, gold, make, with_interval  # noqa: E402
+from benchmarks.lag import Curve, curve, gold, publish, with_interval  # noqa: E402
 from contracts.artifacts import Artifact  # noqa: E402
 from contracts.records import Pair  # noqa: E402
 from pipelines.config.load import load_run_config  # noqa: E402
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_offline(options, seed, offline, made)
             graph = graph_of(options, strategy, seed, offline)
             for node in graph.nodes.values():
-                make(node, made)
+                publish(node, made)
             made.append(graph)
             found.setdefault(strategy, []).append(curve(graph, options.iterations))
             found[strategy][-1][-1]["pairs"] = pairs_of(graph, options.iterations)
@@ -101,7 +101,7 @@ def write_offline(options: argparse.Namespace, seed: int, file: Path, made: list
     graph = graph_of(options, "own pairs", seed, file)
     for node in graph.nodes.values():
         if node.iteration is None:
-            make(node, made)
+            publish(node, made)
     pairs = Artifact.open(graph.nodes[OFFLINE].output).rows(Pair)
     rows = ({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["dpo_vs_trl"] = round(report["dpo"]["tokens_per_second"] / report["trl_dpo"]["tokens_per_second"], 3)
     show("trl_dpo", report["trl_dpo"])
     report["seconds"] = round(time.monotonic() - start, 1)
-    name = options.name or ("self-test" if options.self_test else slug(report["machine"]["device"]))
+    name = options.name or ("self-test" if options.self_test else file_name(report["machine"]["device"]))
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
@@ -595,7 +595,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def slug(text: str) -> str:
+def file_name(text: str) -> str:
     """Turn a text into a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 

@@ -35,7 +35,7 @@ SMALL = (
     'scorers={reward: {kind: reward_model}, gold: {kind: rule, function: "embedded.reviews:gold_score"}}',
 )
 """Overrides that make the recipes smaller, and a gold scorer."""
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+T_VALUES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Half the width of a 95 % confidence interval of a mean, in standard errors, by the number of values (Student's t)."""
 Curve = list[dict[str, Any]]
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for lag in options.lags:
                 graph = graph_of(options.directory, algorithm, seed, lag, options.iterations)
                 for node in graph.nodes.values():
-                    make(node, made.setdefault(seed, []))
+                    publish(node, made.setdefault(seed, []))
                 made[seed].append(graph)
                 found.setdefault((algorithm, lag), []).append(curve(graph, options.iterations))
                 print(f"{algorithm}, seed {seed}, lag {lag}: {gold(found[algorithm, lag][-1])}", flush=True)
@@ -73,7 +73,7 @@ def graph_of(directory: Path, algorithm: str, seed: int, lag: int, iterations: i
     return build_graph(load_run_config(RECIPES[algorithm], overrides), iterations)
 
 
-def make(node: Node, others: list[Graph]) -> None:
+def publish(node: Node, others: list[Graph]) -> None:
     """Publish a node's output unless it exists: reuse that of another run, or run the stage."""
     key = stage_key(key_parts(node.config, installed_versions()))
     if is_published(node.output, key):
@@ -126,9 +126,9 @@ def table(found: dict[tuple[str, int], list[Curve]], iterations: int) -> str:
 def with_interval(values: list[float], form: str) -> str:
     """The mean of independent values, with half of its 95 % confidence interval if there are enough values."""
     mean = form.format(statistics.fmean(values))
-    if len(values) not in STUDENT:
+    if len(values) not in T_VALUES:
         return mean
-    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    half = T_VALUES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean} ± {half:.3f}"
 
 

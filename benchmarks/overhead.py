@@ -31,8 +31,8 @@ from pipelines.run.events import HubPushed  # noqa: E402
 from tracking.task import sent_file  # noqa: E402
 
 HOOK = """
-def told(happening, run):
-    with (run.parent / "told.txt").open("a") as file:
+def record(happening, run):
+    with (run.parent / "happenings.txt").open("a") as file:
         print(happening["kind"], happening.get("what", ""), file=file)
 """
 WANDB = """
@@ -55,7 +55,7 @@ for point in points:
     run.log(point)
 run.finish()
 """
-ALONE = {
+LIBRARY_SCRIPTS = {
     "wandb": (TRACKING, WANDB),
     "trackio": (TRACKING, TRACKIO),
     "huggingface_hub, not sending": ("driver", "from huggingface_hub import HfApi, CommitOperationAdd"),
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, HubDouble() as hub:
-        parts, lacking = measure(Path(folder), hub, options)
-        alone = {name: alone_seconds(Path(folder), *how) for name, how in ALONE.items()}
+        parts, missing = measure(Path(folder), hub, options)
+        alone = {name: script_seconds(Path(folder), *how) for name, how in LIBRARY_SCRIPTS.items()}
     for name, seconds in parts.watching.items():
         print(f"{name:<34} {seconds:8.2f} s")
     print(f"{'watching and publishing':<34} {parts.watched:8.2f} s, {100 * parts.share:.2f} % of all")
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, seconds in alone.items():
         print(f"{name + ' alone':<34} {seconds:8.2f} s")
     print(f"{'the libraries alone':<34} {sum(alone.values()):8.2f} s, {100 * sum(alone.values()) / parts.all:.2f} %")
-    for text in lacking:
-        print(f"lacking: {text}", file=sys.stderr)
+    for text in missing:
+        print(f"missing: {text}", file=sys.stderr)
     figures = {"cpu_seconds": parts.all, "watching": parts.watching, "share": parts.share, "alone": alone}
-    print(json.dumps({**figures, "lacking": lacking, "iterations": options.iterations}))
-    return 1 if lacking else 0
+    print(json.dumps({**figures, "lacking": missing, "iterations": options.iterations}))
+    return 1 if missing else 0
 
 
 def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[Parts, list[str]]:
@@ -99,13 +99,13 @@ def measure(folder: Path, hub: HubDouble, options: argparse.Namespace) -> tuple[
     command = [sys.executable, str(ROOT / "benchmarks/accounted.py"), str(record), "run", options.config]
     command += ["--iters", str(options.iterations), "--plain", "--quiet", f"directory={folder}", "name=watched"]
     command += ["tracking.wandb.mode=offline", f"tracking.trackio.directory={folder}/trackio"]
-    command += [f"hooks.told.function={folder}/hook.py:told", f"hooks.told.kinds=[{','.join(KINDS)}]"]
+    command += [f"hooks.recorder.function={folder}/hook.py:record", f"hooks.recorder.kinds=[{','.join(KINDS)}]"]
     command += [f"hub.{name}=alice/{name}" for name in REPOS]
     subprocess.run([*command, *options.overrides], env={**os.environ, **hub.variables}, check=True)
-    return parts_of(json.loads(record.read_text())), lacking_in(folder / "watched", options.iterations)
+    return parts_of(json.loads(record.read_text())), missing_results(folder / "watched", options.iterations)
 
 
-def alone_seconds(folder: Path, environment: str, code: str) -> float:
+def script_seconds(folder: Path, environment: str, code: str) -> float:
     """The CPU seconds of a script, including processes that it starts and waits for."""
     python = sys.executable if environment == "driver" else str(interpreter(environment, "cpu"))
     read = (
@@ -120,13 +120,13 @@ def alone_seconds(folder: Path, environment: str, code: str) -> float:
     return used.ru_utime + used.ru_stime
 
 
-def lacking_in(run: Path, iterations: int) -> list[str]:
+def missing_results(run: Path, iterations: int) -> list[str]:
     """The results that are missing of a watched run."""
     there = (run / METRICS).stat().st_size
     found = [f"metrics in {name}" for name in TRACKERS if int(sent_file(run, name).read_text()) != there]
-    told = (run.parent / "told.txt").read_text().splitlines()
-    found += [f"a hook's {kind}" for kind in KINDS if not any(line.split()[0] == kind for line in told)]
-    found += [] if told[-1] == "run finished" else ["the end of the run, for the hook"]
+    happenings = (run.parent / "happenings.txt").read_text().splitlines()
+    found += [f"a hook's {kind}" for kind in KINDS if not any(line.split()[0] == kind for line in happenings)]
+    found += [] if happenings[-1] == "run finished" else ["the end of the run, for the hook"]
     pushed = {(event.repo, event.what) for event in RunDirectory(run).events() if isinstance(event, HubPushed)}
     wanted = {("alice/model", "report")}
     wanted |= {(f"alice/{repo}", f"iteration-{number + 1}") for repo in REPOS for number in range(iterations)}

@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         learned = run(folder, "learned", options, FLATTENING)
         print(f"{FLATTENING}, to learn from: {learned:.1f} s", flush=True)
         view = search(folder, options)
-        plans = {FLATTENING: FLATTENING, TAKEN: written(folder, TAKEN, view["plan"])}
+        plans = {FLATTENING: FLATTENING, TAKEN: write_plan(folder, TAKEN, view["plan"])}
         for plan in options.also:
-            plans[plan] = written(folder, plan, search(folder, options, "--take", plan)["plan"])
+            plans[plan] = write_plan(folder, plan, search(folder, options, "--take", plan)["plan"])
         seconds: dict[str, list[float]] = {plan: [] for plan in plans}
         for number in range(options.times):
             order = list(plans)[:: 1 if number % 2 else -1]
@@ -69,7 +69,13 @@ def run(folder: Path, name: str, options: argparse.Namespace, placement: str) ->
     start = time.monotonic()
     with (folder / f"{name}.log").open("wb") as log:
         command = ["run", options.config, "--iters", str(options.iterations), "--plain", *settings, *options.overrides]
-        subprocess.run([sys.executable, "-m", "pipelines", *command], stdout=log, stderr=log, env=alone(), check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pipelines", *command],
+            stdout=log,
+            stderr=log,
+            env=isolated_environment(),
+            check=True,
+        )
     return time.monotonic() - start
 
 
@@ -78,21 +84,21 @@ def search(folder: Path, options: argparse.Namespace, *more: str) -> dict[str, A
     command = ["plan", "search", options.config, f"directory={folder}", *options.overrides]
     command += ["--iters", str(options.iterations), "--json", *more, "--runs", str(folder / "learned")]
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines", *command], stdout=subprocess.PIPE, env=alone(), check=True
+        [sys.executable, "-m", "pipelines", *command], stdout=subprocess.PIPE, env=isolated_environment(), check=True
     )
     found = json.loads(result.stdout)
     view: dict[str, Any] = found["searches"][found["taken"]]
     return view
 
 
-def written(folder: Path, name: str, section: dict[str, Any]) -> str:
+def write_plan(folder: Path, name: str, section: dict[str, Any]) -> str:
     """Write a plan to a file, and return its path."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml_text.dump(section))
     return str(path)
 
 
-def alone() -> dict[str, str]:
+def isolated_environment() -> dict[str, str]:
     """An environment without the profiles of other runs."""
     return {**os.environ, "RATCHET_PROFILES": "off", "PYTHONPATH": str(ROOT)}
 

@@ -111,7 +111,7 @@ class Compared:
         return (self.simulated - self.measured) / self.measured
 
 
-class Told:
+class GivenDurations:
     """A predictor that returns the durations that the stages were given."""
 
     def __init__(self, plan: DrawnPlan) -> None:
@@ -146,8 +146,8 @@ def drive(folder: Path, plan: DrawnPlan) -> tuple[list[Event], Graph, Any]:
     run = RunDirectory(config.run_directory)
     run.claim(config, folder / "smallest.yaml", plan.iterations)
     driver = Driver(Site(run, graph, config, ENTRY), [])
-    told = Told(plan)
-    seconds = {node.role: told.predict(node, graph).seconds for node in graph.nodes.values()}
+    durations = GivenDurations(plan)
+    seconds = {node.role: durations.predict(node, graph).seconds for node in graph.nodes.values()}
     driver.executors._made["local"] = TimedStages(driver.executors.site, seconds)
     driver.drive()
     return run.events(), graph, config
@@ -163,7 +163,7 @@ def compare(folder: Path, plan: DrawnPlan, driver: DriverCosts) -> tuple[Compare
     """Simulate a plan, then run it. Also returns the driver's costs in this run."""
     config = load_run_config(write_smallest(folder), plan.overrides)
     graph = placed_graph(config, plan.iterations)
-    predictions = predict_all(graph, Told(plan))
+    predictions = predict_all(graph, GivenDurations(plan))
     order = start_order(graph, config)
     found = simulate(order, cluster_of(config), predictions, ScheduleConditions(streams(graph, config), driver))
     began = min(times.submitted for times in found.times.values())
@@ -171,12 +171,12 @@ def compare(folder: Path, plan: DrawnPlan, driver: DriverCosts) -> tuple[Compare
     costs = driver_costs(events, {name: one.seconds for name, one in predictions.items()})
     assert costs is not None, "a run has stages"
     starts = {event.stage: event.time for event in events if isinstance(event, StageStarted)}
-    simulated_order = in_turn(order, {name: times.start for name, times in found.times.items()})
-    same_order = simulated_order == in_turn(order, starts)
+    simulated_order = stages_by_device(order, {name: times.start for name, times in found.times.items()})
+    same_order = simulated_order == stages_by_device(order, starts)
     return Compared(plan, len(order), span(events), found.total - began, same_order), costs
 
 
-def in_turn(order: Sequence[Node], starts: Mapping[str, float]) -> dict[tuple[int, ...], list[str]]:
+def stages_by_device(order: Sequence[Node], starts: Mapping[str, float]) -> dict[tuple[int, ...], list[str]]:
     """The stages of each group of devices, ordered by their starts."""
     found: dict[tuple[int, ...], list[str]] = {}
     for node in sorted(order, key=lambda node: starts[node.name]):

@@ -125,10 +125,10 @@ def stage(command: list[str]) -> None:
     from pipelines.environments.launch import EnvironmentConfig, launch_command
 
     argv, variables = launch_command(EnvironmentConfig(), command[0], command[1:])
-    quietly(argv, {**os.environ, **variables})
+    run_quietly(argv, {**os.environ, **variables})
 
 
-def quietly(command: list[str], environment: dict[str, str]) -> str:
+def run_quietly(command: list[str], environment: dict[str, str]) -> str:
     """Run a command and return its output; raise RuntimeError with the end of its errors if it fails."""
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     if result.returncode:
@@ -141,12 +141,12 @@ def cluster(state: Path, port: int) -> Iterator[None]:
     """Start a Slurm cluster of four virtual nodes, which this process's children use."""
     script = ["bash", str(ROOT / "scripts" / "dev-slurm.sh")]
     environment = {**os.environ, "DEV_SLURM_STATE": str(state), "DEV_SLURM_PORT": str(port)}
-    quietly([*script, "up"], environment)
+    run_quietly([*script, "up"], environment)
     os.environ |= {"SLURM_CONF": f"{state}/etc/slurm.conf", "DEV_SLURM_STATE": str(state)}
     try:
         yield
     finally:
-        quietly([*script, "down"], environment)
+        run_quietly([*script, "down"], environment)
 
 
 class Bench:
@@ -222,7 +222,7 @@ class Bench:
         command = [sys.executable, "-m", "benchmarks.slurm", "--drive", str(self.config)]
         command += ["--overrides", json.dumps(overrides), *(["--detach"] if mode == "detached" else [])]
         daemons = daemon_seconds()
-        driver = json.loads(quietly(command, dict(os.environ)).splitlines()[-1])
+        driver = json.loads(run_quietly(command, dict(os.environ)).splitlines()[-1])
         ended = wait_for_published(self.run_path)
         (attempt,) = (self.run_path / "logs" / STAGE).iterdir()
         jobs = None if mode == "replicas" else json.loads((attempt / "jobs.json").read_text())
@@ -379,7 +379,7 @@ def job_seconds(ids: list[str], count: int) -> float:
     """
     deadline = time.monotonic() + 60
     while True:
-        table = quietly(
+        table = run_quietly(
             ["sacct", "-n", "-P", "--format=JobID,State,TotalCPU", f"--jobs={','.join(ids)}"], dict(os.environ)
         )
         rows = [line.split("|") for line in table.splitlines()]

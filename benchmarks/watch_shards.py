@@ -41,7 +41,7 @@ def watch() -> None:
 
         return call
 
-    work = workers._work
+    work = workers._run_worker
 
     def new_work(context: Any, names: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
         def new_open() -> Callable[[str], None]:
@@ -58,7 +58,7 @@ def watch() -> None:
         with timed("loop"):
             work(context, names, new_open)
 
-    workers._work = new_work
+    workers._run_worker = new_work
     Publication.write_rows = measured("write", Publication.write_rows)  # type: ignore[method-assign]
 
     def leave() -> None:
