@@ -56,10 +56,10 @@ def _score(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="ratchet-score-") as folder:
         texts = Path(folder, "texts.jsonl")
         places = _write(rows, texts)
-        theirs = _Theirs(texts, [place for place, _ in rows], places)
+        user_lines = _UserLines(texts, [place for place, _ in rows], places)
         nodes = _stages(config, options.scorer, options.tokenizer, Path(folder), options.overrides)
         for node in nodes:
-            if code := _run(node, config, theirs):
+            if code := _run(node, config, user_lines):
                 return code
         scores = {
             (score.prompt_id, score.sample): score for score in Artifact.open(nodes[-1].output, SCORES).rows(Score)
@@ -107,8 +107,8 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Respons
     return places
 
 
-class _Theirs:
-    """Replaces places in the file that the stages read by those in the user's own."""
+class _UserLines:
+    """Replaces line references to the file that the stages read by those to the user's file."""
 
     def __init__(self, texts: Path, rows: list[str], places: list[ResponseKey]) -> None:
         self.pattern = re.compile(rf"{re.escape(str(texts))}, line ([0-9]+)")
@@ -118,7 +118,7 @@ class _Theirs:
         self.lines = [" or ".join(found) for found in lines.values()]
 
     def __call__(self, text: str) -> str:
-        """A message with the user's places."""
+        """The message with line references to the user's file."""
         return self.pattern.sub(lambda found: self.lines[int(found[1]) - 1], text)
 
 
@@ -147,7 +147,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     for place, node in enumerate(nodes):
         if isinstance(node.config, ScoreConfig):
             changes: dict[str, Any] = {"reasons": _reasons_file(node)}
-            if not any(each.startswith(f"scorers.{node.config.name}.max_dropped=") for each in overrides):
+            if not any(override.startswith(f"scorers.{node.config.name}.max_dropped=") for override in overrides):
                 changes["max_dropped"] = 1.0
             nodes[place] = replace(node, config=node.config.model_copy(update=changes))
     for node in nodes:
@@ -157,8 +157,8 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     return nodes
 
 
-def _run(node: Node, config: RunConfig, theirs: Callable[[str], str]) -> int:
-    """Run a stage in the foreground, printing to standard error, places in the user's file. Returns its exit code."""
+def _run(node: Node, config: RunConfig, user_lines: Callable[[str], str]) -> int:
+    """Run a stage in the foreground. Its output goes to standard error with the user's lines. Returns the exit code."""
     fields: Mapping[str, Any] = node.config.model_dump(mode="json", exclude_unset=True)
     argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
     command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
@@ -169,7 +169,7 @@ def _run(node: Node, config: RunConfig, theirs: Callable[[str], str]) -> int:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            sys.stderr.write(theirs(line))
+            sys.stderr.write(user_lines(line))
         code = process.wait()
     return code if code >= 0 else 1
 

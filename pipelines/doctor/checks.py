@@ -58,8 +58,8 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
     yield from (Finding("error", mistake) for mistake in mistakes)
     if not mistakes:
         outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
-        there = [path for path in outside if not is_remote(path)]
-        found = f"all {plural(len(there), 'input')} from outside are there" if there else "no input is from outside"
+        local = [path for path in outside if not is_remote(path)]
+        found = f"all {plural(len(local), 'input')} from outside are there" if local else "no input is from outside"
         yield Finding("ok", found)
 
 

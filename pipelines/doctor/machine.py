@@ -58,12 +58,12 @@ def check_file_system(name: str, place: Path) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix=".ratchet-doctor-", dir=directory) as scratch:
         for what, probe, level, fix in PROBES:
             try:
-                trouble = probe(Path(scratch))
+                problem = probe(Path(scratch))
             except OSError as error:
-                trouble = error.strerror or str(error)
-            if trouble:
+                problem = error.strerror or str(error)
+            if problem:
                 failed = True
-                yield Finding(level, f"{name} ({directory}, {kind}): {what}: {trouble}", fix or other)
+                yield Finding(level, f"{name} ({directory}, {kind}): {what}: {problem}", fix or other)
     if locks := [option for option in options if option in LOCAL_LOCKS]:
         yield Finding(
             "warning",

@@ -139,13 +139,13 @@ def _variables(environment: EnvironmentConfig, name: str) -> dict[str, str]:
         if name == "annotation" and not any(variable.startswith(("MALLOC_", "GLIBC_")) for variable in os.environ):
             defaults |= MALLOC_SETTINGS
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
-    theirs = dict(environment.variables)
-    users = [os.getcwd()]  # in a prepared driver, USER_PATH has its original PYTHONPATH
-    for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), theirs.pop("PYTHONPATH", "")):
-        users += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
+    configured = dict(environment.variables)
+    user_paths = [os.getcwd()]  # in a prepared driver, USER_PATH has its original PYTHONPATH
+    for paths in (os.environ.get(USER_PATH, ""), os.environ.get("PYTHONPATH", ""), configured.pop("PYTHONPATH", "")):
+        user_paths += [os.path.abspath(path) for path in paths.split(os.pathsep) if path]
     code = str(code_path())
-    users = [path for path in dict.fromkeys(users) if path not in (code, str(source_root()))]
-    return variables | python_variables(code, users) | theirs
+    user_paths = [path for path in dict.fromkeys(user_paths) if path not in (code, str(source_root()))]
+    return variables | python_variables(code, user_paths) | configured
 
 
 def stage_environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -241,8 +241,8 @@ def ask(
     if result.returncode < 0:
         raise TransientError(f"asking environments.{name} to {what} was ended by signal {-result.returncode}")
     if result.returncode != 0:
-        said = (result.stderr.strip() or result.stdout.strip() or b"no output").decode(errors="replace")
-        lines = [f"    {line}" for line in said.splitlines()[-5:]] + ([f"  {fix}"] if fix else [])
+        output = (result.stderr.strip() or result.stdout.strip() or b"no output").decode(errors="replace")
+        lines = [f"    {line}" for line in output.splitlines()[-5:]] + ([f"  {fix}"] if fix else [])
         text = f"environments.{name} cannot {what} (exit code {result.returncode}):"
         raise UserError("\n".join([text, *lines]))
     return result.stdout.strip().splitlines()[-1]

@@ -184,7 +184,7 @@ def sync(names: list[str], variant: str = "auto", say: Callable[[str], None] = p
 
 
 def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop: threading.Event) -> None:
-    with _lock(locked, say) as held:
+    with _lock(locked, say) as lock_fd:
         if locked.complete:
             say(f"{locked.name}: built meanwhile ({locked.variant}, {locked.directory})")
             return
@@ -197,7 +197,7 @@ def _build(locked: Locked, pip: dict[str, str], say: Callable[[str], None], stop
         # Next to the environments, so that files are hard-linked: torch is unpacked once for all of them.
         environ.setdefault("UV_CACHE_DIR", str(home() / "uv"))
         environ |= uv_variables(pip, environ, locked.variant)
-        run = functools.partial(_run, environ=environ, locked=locked, held=held, stop=stop)
+        run = functools.partial(_run, environ=environ, locked=locked, lock_fd=lock_fd, stop=stop)
         uv = _find_uv()
         run([uv, "venv", "--python", sys.executable, "--no-project", str(locked.directory)])
         # Compile now: otherwise the first stages would wait for it. Nothing writes into an environment later.
@@ -227,8 +227,8 @@ def _lock(locked: Locked, say: Callable[[str], None]) -> Iterator[int]:
 
 
 def _find_uv() -> str:
-    beside = Path(sys.executable).with_name("uv")
-    uv = str(beside) if beside.exists() else shutil.which("uv")
+    bundled = Path(sys.executable).with_name("uv")
+    uv = str(bundled) if bundled.exists() else shutil.which("uv")
     if uv is None:
         raise UserError("uv, which builds the environments, is not installed. Install it: pip install uv.")
     return uv
@@ -243,7 +243,7 @@ def _torch_advice(locked: Locked) -> str:
     )
 
 
-def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int, stop: threading.Event) -> None:
+def _run(command: list[str], environ: dict[str, str], locked: Locked, lock_fd: int, stop: threading.Event) -> None:
     process = subprocess.Popen(
         command,
         env=environ,
@@ -251,7 +251,7 @@ def _run(command: list[str], environ: dict[str, str], locked: Locked, held: int,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         # The child inherits the lock: if only this process is killed, no other process builds next to the child.
-        pass_fds=[held],
+        pass_fds=[lock_fd],
     )
     output: bytes | None = None
     while output is None:

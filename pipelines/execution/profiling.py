@@ -38,7 +38,7 @@ def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timi
     Returns:
         None if files are missing, or if the attempt continued an earlier one.
     """
-    if _goes_on(attempt):
+    if _continues_earlier(attempt):
         return None
     try:
         asked = min((attempt / name).stat().st_mtime for name in (DECISION, REQUEST))  # a job decides at its start
@@ -62,12 +62,12 @@ def timing_of(node: Node, graph: Graph, attempt: Path, published: float) -> Timi
     )
 
 
-def _goes_on(attempt: Path) -> bool:
+def _continues_earlier(attempt: Path) -> bool:
     """Whether an earlier attempt may have made a part of this attempt's output."""
     name, _, number = attempt.name.rpartition("-")
     before = attempt.with_name(f"{name}-{int(number) - 1}")
-    mine, its = decision_of(attempt), decision_of(before)
-    return mine is not None and its is not None and (mine.key, mine.hidden_key) == (its.key, its.hidden_key)
+    own, earlier = decision_of(attempt), decision_of(before)
+    return own is not None and earlier is not None and (own.key, own.hidden_key) == (earlier.key, earlier.hidden_key)
 
 
 def profiles_of(run: RunDirectory) -> list[Profile]:

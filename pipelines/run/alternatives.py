@@ -156,10 +156,10 @@ def _node(run: RunDirectory, graph: Graph, iteration: int | None) -> Node:
         ready = [number for number, node in made.items() if not _missing(node)]
         iteration = max(ready, default=min(made))
     if iteration not in made:
-        there = f"it has iterations 1 to {last}" if last > 1 else "it has iteration 1"
+        available = f"it has iterations 1 to {last}" if last > 1 else "it has iteration 1"
         if 1 <= iteration <= last:
-            there = f"that iteration trains on samples; those with pairs: {format_ranges(made)}"
-        raise UserError(f"--iteration is {iteration}, but {run.path} has no pairs of it: {there}.")
+            available = f"that iteration trains on samples; those with pairs: {format_ranges(made)}"
+        raise UserError(f"--iteration is {iteration}, but {run.path} has no pairs of it: {available}.")
     node = made[iteration]
     if missing := _missing(node):
         raise UserError(

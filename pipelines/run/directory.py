@@ -76,9 +76,9 @@ class RunDirectory:
         if marker.exists():
             owner = self._entry("config")
             if owner != origin and self._entry("source") != str(source.absolute()):
-                its = owner if owner.startswith(PREFIX) else (self.path / owner).resolve()
+                shown = owner if owner.startswith(PREFIX) else (self.path / owner).resolve()
                 raise UserError(
-                    f"{self.path} is the run of {its}, not of {source}. Choose another name=... for this run."
+                    f"{self.path} is the run of {shown}, not of {source}. Choose another name=... for this run."
                 )
         record: dict[str, Any] = {"config": origin, "source": str(source.absolute())}
         record |= {"iterations": iterations, "settings": config.settings()}

@@ -83,11 +83,11 @@ def why_kept(
     trained = [node for node in graph.nodes.values() if node.name in published and may_be_released(node)]
     policies, averages, critics = ([node.name for node in trained if node.role == role] for role in TRAINED)
     latest = policies[-int(keep.removeprefix("last ")) :] if keep.startswith("last ") else []
-    lasting = {graph.nodes[name].iteration for name in latest}
+    kept_iterations = {graph.nodes[name].iteration for name in latest}
     rows = evaluations(graph)
     waiting_gates = [node for node in graph.nodes.values() if node.role == "gate" and node.name not in published]
     undecided = {node.iteration or 0 for node in waiting_gates}
-    judges = [node for node in graph.nodes.values() if node.stage.name == "evaluation"]
+    evaluators = [node for node in graph.nodes.values() if node.stage.name == "evaluation"]
     causes = {name: f"{reader} still needs it" for name, reader in still_read(graph, published).items()}
     for names, cause in (
         (policies[-1:], "the last policy, from which more iterations start"),
@@ -95,7 +95,7 @@ def why_kept(
         (critics[-1:], "the last critic, from which more iterations start"),
         (policies[-1 - graph.lag :], f"more iterations sample from it, at lag={graph.lag}"),
         (
-            [graph.producer_name(policy_of(node, graph)) for node in judges if node.name not in published],
+            [graph.producer_name(policy_of(node, graph)) for node in evaluators if node.name not in published],
             "not evaluated yet",
         ),
         ([graph.producer_name(best_of(rows, refused(graph))[0])] if rows else [], "the best so far"),
@@ -103,7 +103,7 @@ def why_kept(
             [graph.producer_name(best_of(rows, refused(graph) | undecided)[0])] if rows else [],
             "the best if undecided gates refuse",
         ),
-        ([node.name for node in trained if node.iteration in lasting], f"keep={keep}"),
+        ([node.name for node in trained if node.iteration in kept_iterations], f"keep={keep}"),
         (waiting, "not on the Hub yet"),
     ):
         for name in filter(None, names):

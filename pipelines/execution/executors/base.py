@@ -265,8 +265,8 @@ def output_of(command: list[str], text: str = "") -> str:
         where = "Start from a node of the cluster, or set executor=local."
         raise UserError(f"{command[0]} is not on PATH. {where}") from error
     if result.returncode:
-        said = "; ".join((result.stderr.strip() or result.stdout.strip()).splitlines())
-        raise UserError(f"`{shlex.join(command)}` failed with exit code {result.returncode}: {said}")
+        message = "; ".join((result.stderr.strip() or result.stdout.strip()).splitlines())
+        raise UserError(f"`{shlex.join(command)}` failed with exit code {result.returncode}: {message}")
     return result.stdout.strip()
 
 

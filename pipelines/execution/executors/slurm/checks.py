@@ -78,8 +78,8 @@ def _ask(*command: str, fix: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"`{' '.join(command)}` did not answer within {ANSWER_SECONDS} s. {fix}") from error
     if result.returncode != 0:
-        said = "; ".join((result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-3:])
-        raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {said}. {fix}")
+        message = "; ".join((result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-3:])
+        raise UserError(f"`{' '.join(command)}` failed with exit code {result.returncode}: {message}. {fix}")
     return result.stdout
 
 

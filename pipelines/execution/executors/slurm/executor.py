@@ -246,8 +246,8 @@ class SlurmObservation:
         """State and detail of a stage whose jobs are queued or running."""
         if self.error is not None:
             jobs = last_jobs(self._run, stage)
-            said = filter(None, [progress, f"job {', '.join(jobs.ids)}" if jobs else None])
-            return ("unknown", "; ".join(said)) if jobs else None
+            parts = filter(None, [progress, f"job {', '.join(jobs.ids)}" if jobs else None])
+            return ("unknown", "; ".join(parts)) if jobs else None
         queued = self._jobs_for(stage)
         if not queued:
             return None
@@ -271,8 +271,8 @@ class SlurmObservation:
         text = f"Slurm job {', '.join(ended.ids)} ended before the stage began; `sacct -D -j {ended.work}` says how"
         for log in job_logs(attempts[-1], self._run.path):
             if lines := [line for line in log.read_text(errors="replace").splitlines() if line.strip()]:
-                said = next((line for line in lines if "error" in line.lower()), lines[-1])
-                return "failed", f"{text}. {said} (log: {log})"
+                message = next((line for line in lines if "error" in line.lower()), lines[-1])
+                return "failed", f"{text}. {message} (log: {log})"
         return "interrupted", text
 
     def unrecorded_events(self) -> list[JobEnded]:

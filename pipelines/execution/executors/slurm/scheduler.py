@@ -110,12 +110,12 @@ def nodes_outside(wanted: str) -> list[str]:
         UserError: the cluster has no such node.
     """
     pool = call("scontrol", "show", "hostnames", wanted).split()
-    there = sorted(set(call("sinfo", "--all", "--noheader", "--Node", "--format=%N").split()))
-    if strangers := [node for node in pool if node not in there]:
+    present = sorted(set(call("sinfo", "--all", "--noheader", "--Node", "--format=%N").split()))
+    if unknown := [node for node in pool if node not in present]:
         raise UserError(
-            f"placement.pools has the nodes {wanted}, but the cluster has no {strangers[0]}. It has {', '.join(there)}."
+            f"placement.pools has the nodes {wanted}, but the cluster has no {unknown[0]}. It has {', '.join(present)}."
         )
-    return [node for node in there if node not in pool]
+    return [node for node in present if node not in pool]
 
 
 def live_ids(run: Path) -> set[str]:
