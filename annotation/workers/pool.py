@@ -56,7 +56,7 @@ class FunctionPool:
         batch: int = 1,
         limit: float | None = None,
         load_limit: float | None = None,
-        opens: bool = True,
+        instantiates: bool = True,
     ) -> None:
         """Start one worker, and wait until it has loaded the function.
 
@@ -69,7 +69,7 @@ class FunctionPool:
             batch: answers per call, if the function takes several.
             limit: time limit for scoring one answer, in seconds.
             load_limit: time limit for the import, and for instantiating a class, in seconds.
-            opens: whether a class is instantiated, or only its signature checked.
+            instantiates: whether a class is instantiated, or only its signature checked.
 
         Raises:
             LateError: the import exceeds its time limit.
@@ -78,14 +78,14 @@ class FunctionPool:
         self.title = title or f"function {path!r}"
         self.count, self.batch, self.limit, self.load_limit = count, batch, limit, load_limit
         names = None if inputs is None else [str(path) for path in inputs]
-        self.task = RuleTask(path, names, os.getpid(), dict(settings or {}), opens)
+        self.task = RuleTask(path, names, os.getpid(), dict(settings or {}), instantiates)
         self.running: list[FunctionProcess] = []
         self.close = weakref.finalize(self, _end_all, self.running)
         """End the workers, which close their scorers; also called when this object is garbage-collected."""
         self._start()
         while not self.running[0].ready:
             self._poll([], deque(), _ignore)
-        self.takes_many = self.running[0].takes_many
+        self.is_batched = self.running[0].is_batched
 
     def score(self, samples: Sequence[Sample], note: Note) -> None:
         """Score all samples, in any order, and pass the results to `note`.
@@ -109,7 +109,7 @@ class FunctionPool:
             elif todo:
                 process.send_samples(samples, todo, self.batch)
         for _ in range(
-            min(math.ceil(len(todo) / (self.batch if self.takes_many else 1)), self.count - len(self.running))
+            min(math.ceil(len(todo) / (self.batch if self.is_batched else 1)), self.count - len(self.running))
         ):
             self._start()
 
@@ -119,7 +119,7 @@ class FunctionPool:
     def _poll(self, samples: Sequence[Sample], todo: deque[int], note: Note) -> None:
         """Wait until a worker answers, exits or exceeds its time limit."""
         busy = [process for process in self.running if process.busy]
-        if any(process.has_many_pending for process in busy):
+        if any(process.has_large_backlog for process in busy):
             time.sleep(PAUSE_SECONDS)
         select.select(busy, [], [], POLL_SECONDS)
         beat()
@@ -131,7 +131,7 @@ class FunctionPool:
             note(found)
             limit = self.load_limit
             if process.ready:
-                limit = self.limit and self.limit * (len(process.pending) if process.takes_many else 1)
+                limit = self.limit and self.limit * (len(process.pending) if process.is_batched else 1)
             if ended:
                 self._remove(process, samples, todo, note)
             elif process.busy and limit is not None and process.waited > limit:
@@ -150,7 +150,7 @@ class FunctionPool:
             if isinstance(answer, Failed):
                 raise UserError(answer.before)
             assert isinstance(answer, Ready)
-            process.ready, process.takes_many, process.closes = True, answer.takes_many, answer.closes
+            process.ready, process.is_batched, process.closes = True, answer.is_batched, answer.closes
         elif answer is True:
             process.adapt(todo, returned=True)
         else:
@@ -161,7 +161,7 @@ class FunctionPool:
                 found[index] = Fault(UserError(text))
             else:
                 found[index] = answer
-            if not process.pending and not process.takes_many:
+            if not process.pending and not process.is_batched:
                 process.adapt(todo, returned=False)
 
     def _remove(
@@ -185,7 +185,7 @@ class FunctionPool:
         if not process.ready:
             if late is not None:
                 raise LateError(
-                    f"{what} was not imported after {late:g} s; the log shows where it stood. It may take "
+                    f"{what} was not imported after {late:g} s; the log shows where it stood. The limit is "
                     "executor.stall_seconds."
                 )
             raise UserError(
@@ -194,9 +194,9 @@ class FunctionPool:
         if not process.pending:  # it ended when its samples were done; another worker is started if needed
             return
         index = process.pending.popleft()
-        together = [index, *process.pending] if process.takes_many else [index]
+        together = [index, *process.pending] if process.is_batched else [index]
         which = (
-            f"a batch of {len(together)} answers with {samples[index]}" if process.takes_many else f"{samples[index]}"
+            f"a batch of {len(together)} answers with {samples[index]}" if process.is_batched else f"{samples[index]}"
         )
         if late is not None:
             text = (
@@ -209,7 +209,7 @@ class FunctionPool:
                 f"{what} ended its process on {which}: {process.exit_reason()}. Fix it, or let a share of the "
                 "samples fail (fail_on_error)."
             )
-        if not process.takes_many:
+        if not process.is_batched:
             todo.extendleft(reversed(process.pending))
         note({place: Fault(UserError(text)) for place in together})
 

@@ -38,7 +38,7 @@ class FunctionProcess:
         self.pending: deque[int] = deque()
         """Indices of the samples that were sent and have no result yet; the first one is being scored."""
         self.ready = False
-        self.takes_many = False
+        self.is_batched = False
         """Whether the function takes a whole batch; the worker reports this when it is ready."""
         self.closes = False
         """Whether its class has a `close()`, which it calls before it exits; reported when it is ready."""
@@ -72,7 +72,7 @@ class FunctionProcess:
 
     def send_samples(self, samples: Sequence[Sample], todo: deque[int], batch: int) -> None:
         """Send the next samples: `batch` of them if the function takes a whole batch, or else an adaptive number."""
-        count = min(batch if self.takes_many else self._batch_size, len(todo))
+        count = min(batch if self.is_batched else self._batch_size, len(todo))
         self.pending.extend(todo.popleft() for _ in range(count))
         self._sent, self._began, self.waited = count, time.monotonic(), 0.0
         self._last_poll = self._began
@@ -128,7 +128,7 @@ class FunctionProcess:
         return not self.ready or bool(self.pending)
 
     @property
-    def has_many_pending(self) -> bool:
+    def has_large_backlog(self) -> bool:
         """Whether it has so many samples that their results are better read several at once."""
         return len(self.pending) > 32
 

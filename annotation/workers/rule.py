@@ -30,7 +30,7 @@ class Rule:
             config.target, config.user_paths, config.keywords, title=config.title,
             count=config.replicas, batch=config.samples_per_call, limit=limit, load_limit=stall,
         )  # fmt: skip
-        self.samples_per_call = config.samples_per_call if self.pool.takes_many else 1
+        self.samples_per_call = config.samples_per_call if self.pool.is_batched else 1
         self.rechecked = config.rechecked
         self.journals = ShardJournals(opening.state, Tolerance(config.fail_on_error, opening.samples))
         self.reads_answer = config.reads_answer
@@ -96,7 +96,7 @@ def check_function(config: WorkerSettings, seconds: float = IMPORT_SECONDS) -> s
 @functools.cache
 def _check(path: str, inputs: tuple[Path, ...] | None, settings: bytes, seconds: float) -> str | None:
     try:
-        FunctionPool(path, inputs, msgspec.json.decode(settings), load_limit=seconds, opens=False)
+        FunctionPool(path, inputs, msgspec.json.decode(settings), load_limit=seconds, instantiates=False)
     except LateError as error:
         return str(error)
     return None

@@ -51,14 +51,14 @@ class RuleTask(msgspec.Struct):
     inputs: list[str] | None
     parent: int
     settings: dict[str, Any] = {}
-    opens: bool = True
+    instantiates: bool = True
     """Whether a class is instantiated, or only its signature checked."""
 
 
 class Ready(msgspec.Struct, array_like=True, tag=True):
     """The first line that a worker sends: the function is loaded."""
 
-    takes_many: bool
+    is_batched: bool
     """Whether it scores several responses per call."""
     closes: bool
     """Whether it has a `close()`, to be called when it is dropped."""
@@ -127,7 +127,7 @@ def main(descriptor: int) -> NoReturn:
         sys.exit(0)
     interrupts = _Interrupts(install=function.closes)
     with contextlib.suppress(OSError, KeyboardInterrupt):  # the stage has dropped this scorer, perhaps during a call
-        send(Ready(function.takes_many, function.closes))
+        send(Ready(function.is_batched, function.closes))
         _serve(function, lines, send, interrupts)
     function.close(task.path)
     sys.exit(0)
@@ -143,7 +143,7 @@ def _serve(function: "LoadedFunction", lines: BinaryIO, send: Callable[..., None
 
 
 def _score_line(function: "LoadedFunction", given: list[AnswerInput], send: Callable[..., None]) -> None:
-    if function.takes_many:
+    if function.is_batched:
         send(*_score_batch(function, given))
         return
     began = time.monotonic()
@@ -164,7 +164,7 @@ class _Interrupts:
         self.install = install
         self.dropped = False
         if install:
-            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, self._prevent_next)
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
@@ -178,9 +178,9 @@ class _Interrupts:
                 raise KeyboardInterrupt
             yield
         finally:
-            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, self._prevent_next)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _prevent_next(self, number: int, frame: FrameType | None) -> None:
         self.dropped = True
 
 
@@ -212,37 +212,37 @@ class LoadedFunction:
 
     function: Callable[..., Any]
     is_async: bool
-    by_batch: bool
+    takes_batch: bool
     """Whether one call takes a whole batch."""
     named: frozenset[str]
     """The keywords of `OPTIONAL_KEYWORDS` that it takes."""
     further: dict[str, Any]
     """Further keyword arguments of every call."""
     run: Callable[[Coroutine[Any, Any, Any]], Any]
-    opened: Any = None
+    instance: Any = None
     """The instance, if the path names a class."""
 
     @property
     def closes(self) -> bool:
         """Whether the instance has a `close()`."""
-        return callable(getattr(self.opened, "close", None))
+        return callable(getattr(self.instance, "close", None))
 
     def close(self, path: str) -> None:
         """Call `close()` of the instance, if it has one; an exception in it is logged."""
         if not self.closes:
             return
         try:
-            result = self.opened.close()
+            result = self.instance.close()
             if inspect.isawaitable(result):
                 self.run(_awaited(result))
         except BaseException as error:
-            said = f"{type(error).__name__}: {_text(error)}{place_of(error)}"
-            print(f"class {path!r}: close() failed: {said}. Its scores are kept.", file=sys.stderr, flush=True)
+            problem = f"{type(error).__name__}: {_text(error)}{place_of(error)}"
+            print(f"class {path!r}: close() failed: {problem}. Its scores are kept.", file=sys.stderr, flush=True)
 
     @property
-    def takes_many(self) -> bool:
+    def is_batched(self) -> bool:
         """Whether it is given a whole batch: in one call, or in concurrent calls if it is async."""
-        return self.by_batch or self.is_async
+        return self.takes_batch or self.is_async
 
     def keywords(self, one: AnswerInput) -> dict[str, Any]:
         """The keyword arguments of a call with one answer."""
@@ -270,20 +270,20 @@ def _load(task: RuleTask) -> LoadedFunction:
     signature = _signature(target)
     takes_inputs = signature is not None and "inputs" in signature.parameters
     given = {**task.settings, **(inputs if takes_inputs else {})}
-    _require_fits(task, what, signature, given, "opened with the settings")
+    _require_fits(task, what, signature, given, "instantiated with the settings")
     called = _signature(method)
     if called is not None:
         called = called.replace(parameters=list(called.parameters.values())[1:])
     found = _inspect_function(task, f"{what}.__call__", method, called, {}, inputs, run)
-    if task.opens:
+    if task.instantiates:
         try:
-            opened: Any = target(**given)
+            instance: Any = target(**given)
         except UserError:
             raise
         except Exception as error:
-            text = f"{what} failed when it was opened: {type(error).__name__}: {_text(error)}{place_of(error)}."
+            text = f"{what} failed when it was instantiated: {type(error).__name__}: {_text(error)}{place_of(error)}."
             raise UserError(text) from error
-        found.function = found.opened = opened
+        found.function = found.instance = instance
     return found
 
 
@@ -307,19 +307,19 @@ def _inspect_function(
     if signature is None:  # functions written in C may have none
         return LoadedFunction(function, is_async, False, frozenset(), settings, run)
     names = signature.parameters
-    by_batch = BATCH in names
-    named = frozenset(name for name in OPTIONAL_KEYWORDS if name in names and (not by_batch or name == "inputs"))
+    takes_batch = BATCH in names
+    named = frozenset(name for name in OPTIONAL_KEYWORDS if name in names and (not takes_batch or name == "inputs"))
     if "inputs" in named and not inputs:
         if names["inputs"].default is inspect.Parameter.empty:
-            raise UserError(f"{what} takes inputs, but its scorer names none. Set inputs=[PATH, ...] to what it reads.")
+            raise UserError(f"{what} takes inputs, but its scorer sets none. Set inputs=[PATH, ...] to what it reads.")
         named -= {"inputs"}
-    given = [BATCH] if by_batch else list(KEYWORDS)
+    given = [BATCH] if takes_batch else list(KEYWORDS)
     keywords = dict.fromkeys([*given, *named]) | settings
     if taken := sorted(settings.keys() & {BATCH, *KEYWORDS, *OPTIONAL_KEYWORDS}):
         raise UserError(f"{what}: settings has {taken[0]!r}, which every call is given. Choose another name.")
     _require_fits(task, what, signature, keywords, "called with the keywords")
     further = settings | (inputs if "inputs" in named else {})
-    return LoadedFunction(function, is_async, by_batch, named, further, run)
+    return LoadedFunction(function, is_async, takes_batch, named, further, run)
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -353,7 +353,7 @@ def _import_failure(path: str, error: BaseException) -> str:
         return str(error)
     return (
         f"function {path!r} cannot be imported: its module raised {type(error).__name__}: {_text(error)}"
-        f"{place_of(error)}. Take out what ends the process when the file is imported."
+        f"{place_of(error)}. Remove what ends the process when the file is imported."
     )
 
 
@@ -366,26 +366,24 @@ def _score_one(loaded: LoadedFunction, one: AnswerInput) -> WorkerReply:
 
 def _score_batch(loaded: LoadedFunction, given: list[AnswerInput]) -> list[WorkerReply]:
     """The results of a batch that is scored together."""
-    batch_prefix = f"a batch of {len(given)} answers with "
+    batch_text = f"a batch of {len(given)} answers with "
     try:
-        if not loaded.by_batch:
+        if not loaded.takes_batch:
             found: Any = loaded.run(_all_calls(loaded, given))
             return [_reply_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
         found = loaded.function(**{BATCH: given}, **loaded.further)
         if loaded.is_async:
             found = loaded.run(found)
     except BaseException as error:
-        return [_failure(error, batch_prefix)] * len(given)
+        return [_failure(error, batch_text)] * len(given)
     if hasattr(found, "tolist"):  # a NumPy array or a tensor
         found = found.tolist()
     if not isinstance(found, list | tuple):
         return [
-            Failed(f"returned {found!a:.80} for {batch_prefix[:-1]}", "; return a list with one result for each.")
+            Failed(f"returned {found!a:.80} for {batch_text[:-1]}", "; return a list with one result for each.")
         ] * len(given)
     if len(found) != len(given):
-        wrong = Failed(
-            f"returned {len(found)} results for {batch_prefix[:-1]}", "; return one for each, in their order."
-        )
+        wrong = Failed(f"returned {len(found)} results for {batch_text[:-1]}", "; return one for each, in their order.")
         return [wrong] * len(given)
     return [_reply_of(loaded, one, value) for one, value in zip(given, found, strict=True)]
 
@@ -399,17 +397,17 @@ def _reply_of(loaded: LoadedFunction, one: AnswerInput, value: Any) -> WorkerRep
     if isinstance(value, BaseException):
         return _failure(value, "")
     try:
-        return convert_result(value, one, tokens=loaded.by_batch or "response_ids" in loaded.named)
+        return convert_result(value, one, tokens=loaded.takes_batch or "response_ids" in loaded.named)
     except BaseException as error:
         return _failure(error, "")
 
 
-def _failure(error: BaseException, batch_prefix: str) -> Failed:
-    if isinstance(error, OverflowError) and not batch_prefix:
+def _failure(error: BaseException, batch_text: str) -> Failed:
+    if isinstance(error, OverflowError) and not batch_text:
         return Failed("gave a number too large for a float for", f": {error}.")
     # A UserError of a built-in kind is about its inputs, so its place in the code is not shown.
     text = _text(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_text(error)}{place_of(error)}."
-    return Failed(f"failed on {batch_prefix}".rstrip(), f": {text}")
+    return Failed(f"failed on {batch_text}".rstrip(), f": {text}")
 
 
 def convert_result(value: Any, one: AnswerInput, *, tokens: bool) -> WorkerReply:

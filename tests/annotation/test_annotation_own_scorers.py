@@ -193,7 +193,7 @@ def test_a_batch_that_fails_is_counted_as_a_whole(tmp_path: Path, answers: Artif
 REFUSED = [
     (
         "class judge:\n    def __init__(self, model): ...\n    def __call__(self, samples): ...",
-        "opened with the settings",
+        "instantiated with the settings",
     ),
     ("class judge:\n    def __init__(self): ...", r"cannot be called: give it a method __call__"),
     (

@@ -195,7 +195,7 @@ def test_a_stall_limit_of_a_run_holds_for_a_judgement_that_has_none(
         ("import nowhere_to_be_found\ndef judge(**all): ...", r"cannot be imported: ModuleNotFoundError: .*nowhere_to"),
         ("async def judge(**all): yield 1", r"is an async generator; return its results"),
         ("def judge(prompt, response): ...", r"takes \(prompt, response\), but is called with the keywords messages, "),
-        ("def judge(*, inputs, **all): ...", r"takes inputs, but its scorer names none. Set inputs="),
+        ("def judge(*, inputs, **all): ...", r"takes inputs, but its scorer sets none. Set inputs="),
     ],
 )
 def test_a_function_that_cannot_be_loaded_or_called_is_refused(
