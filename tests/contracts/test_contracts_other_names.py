@@ -44,7 +44,7 @@ def test_the_page_shows_the_table() -> None:
         ({"reward_model": {"training": {"per_device_train_batch_size": 1}}},
          ["Ratchet has 'reward_model.training.micro_batch_tokens' for it"]),
         ({"deepspeed": "ds.json"}, ["'training.parallel.zero'"]),
-        ({"load_in_4bit": True}, ["Ratchet has no such key. There is no quantised training"]),
+        ({"load_in_4bit": True}, ["Ratchet has no such key. Quantised training is not supported"]),
         ({"training": {"peft_config": {"lora_alpha": 16, "r": 8}}}, ["'training.lora.alpha'", "'training.lora.rank'"]),
         ({"actor_rollout_ref": {"rollout": {"n": 4}, "actor": {"optim": {"lr": 1}}}},
          ["'actor_rollout_ref.rollout.n': Ratchet has 'generation.k'", "Ratchet has 'training.learning_rate'"]),
