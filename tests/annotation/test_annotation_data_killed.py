@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from annotation_world import make_rollouts, publish_rollouts, publish_scores
-from dying import STEPS, dies_at
+from killing import STEPS, is_killed_at
 
 from annotation.data.mixing import PairsSampleConfig, PreferencesImportConfig, PreferencesScoresConfig
 from annotation.data.selection import SelectConfig, SelectScoresConfig
@@ -45,7 +45,7 @@ def killed_at_every_step(folder, stage, config, **keys):
     while True:
         place = folder / "killed"
         made = config(output=place / "out", **keys)
-        reached = dies_at(number, lambda: run_stage(stage, made), CALLS)  # noqa: B023
+        reached = is_killed_at(number, lambda: run_stage(stage, made), CALLS)  # noqa: B023
         if (place / "out").exists():
             assert contents(Artifact.open(place / "out")) == seen, "published before it was whole"
         run_stage(stage, made)
@@ -58,7 +58,7 @@ def killed_at_every_step(folder, stage, config, **keys):
 
     made = config(output=folder / "again" / "out", **keys)
     for step in range(1, number):
-        dies_at(step, lambda: run_stage(stage, made), CALLS)
+        is_killed_at(step, lambda: run_stage(stage, made), CALLS)
     run_stage(stage, made)
     check(folder / "again", "each in turn")
     return whole

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, NoBrowser
-from lacking import do_without
+from missing_tools import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -112,7 +112,7 @@ def browser() -> Iterator[Browser]:
     try:
         found = Browser()
     except NoBrowser as missing:
-        do_without(f"NO PAGE IS TESTED: {missing}")
+        skip_or_fail(f"NO PAGE IS TESTED: {missing}")
     yield found
     found.close()
 

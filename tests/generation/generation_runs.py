@@ -138,7 +138,7 @@ def raw_config(engine: str, policy: Path, prompts: Path) -> dict[str, Any]:
     }
 
 
-def processes_naming(path: Path) -> list[int]:
+def processes_with_argument(path: Path) -> list[int]:
     """The ids of other processes that have `path` on their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generation_runs import generate, processes_naming, publish_prompts, rows, start
+from generation_runs import generate, processes_with_argument, publish_prompts, rows, start
 from safetensors.torch import load_file
 
 from contracts.records import Sampling
@@ -87,14 +87,14 @@ def test_killed_stage_takes_its_server_along(
     pytest.importorskip("vllm", exc_type=ImportError)
     policy = changed_policy()  # a path of its own, to find the processes by
     stage = start(tmp_path / "out", policy=policy, prompts=prompts, max_new_tokens=8, servers=1)
-    _wait_for(lambda: len(processes_naming(policy)) >= 3, 60)  # the stage, the guard, the server
-    processes = [Path(f"/proc/{number}") for number in processes_naming(policy)]
+    _wait_for(lambda: len(processes_with_argument(policy)) >= 3, 60)  # the stage, the guard, the server
+    processes = [Path(f"/proc/{number}") for number in processes_with_argument(policy)]
     environments = b"\0".join((process / "environ").read_bytes() for process in processes)
     (key,) = set(re.findall(rb"VLLM_API_KEY=([^\0]+)", environments))
     assert all(key not in (process / "cmdline").read_bytes() for process in processes)
     stage.send_signal(signal.SIGKILL)
     stage.communicate()
-    _wait_for(lambda: processes_naming(policy) == [], 20)
+    _wait_for(lambda: processes_with_argument(policy) == [], 20)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_server_that_dies_while_starting_shows_its_log(changed_policy: Callable[
     settings = EngineSettings(stop_ids=(2,), max_length=64, dtype="float32", on_gpu=False, log=tmp_path / "log")
     with pytest.raises(RuntimeError, match=r"(?s)ended while it was starting.*unheard_of"):
         VllmServer(config, settings)
-    assert processes_naming(tmp_path) == []
+    assert processes_with_argument(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from generation_runs import generate, processed_config, processes_naming, raw_config, rows, start
+from generation_runs import generate, processed_config, processes_with_argument, raw_config, rows, start
 
 from contracts.artifacts import Artifact
 
@@ -90,7 +90,7 @@ def test_server_answers_as_the_engine_in_process(
         assert [answer.seed for answer in one.completions] == [answer.seed for answer in two.completions]
         same += one.completions[0].response_ids == two.completions[0].response_ids
     assert same > 23  # of 26: a last bit can decide between two tokens
-    assert processes_naming(policy) == []
+    assert processes_with_argument(policy) == []
 
 
 def test_tasks_and_a_publisher_publish_what_one_process_does(

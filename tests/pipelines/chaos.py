@@ -406,10 +406,10 @@ class Round:
     def check_end(self, life: int, code: int, met: list[Fault]) -> None:
         """Check that a driver's exit is explained by its faults, and that it retried stages as documented."""
         text = self.output(life).read_text(errors="replace")
-        for problem in [*self.unexplained(code, text, met), *self.not_tried_again(code, met)]:
+        for problem in [*self.unexpected_exits(code, text, met), *self.not_retried(code, met)]:
             self.tally.problems.append(f"driver {life} ({self.output(life)}): {problem}")
 
-    def unexplained(self, code: int, text: str, met: list[Fault]) -> Iterator[str]:
+    def unexpected_exits(self, code: int, text: str, met: list[Fault]) -> Iterator[str]:
         ends: set[int] = set()
         for fault in met:
             if fault.action == FULL and fault.point == "progress":
@@ -429,7 +429,7 @@ class Round:
         if code == 2 and "disk is full" not in text:
             yield f"exit code 2, but not a word of the full disk:\n{text[-3000:]}"
 
-    def not_tried_again(self, code: int, met: list[Fault]) -> Iterator[str]:
+    def not_retried(self, code: int, met: list[Fault]) -> Iterator[str]:
         """Yield the stages that were killed, had no full disk, and were not retried by the driver."""
         failed = {(event["stage"], event["attempt"]): event for event in self.events("failed")}
         full = {(fault.stage, fault.attempt) for fault in met if fault.action == FULL}
@@ -463,7 +463,7 @@ class Round:
         places = list(self.setup.stages())
         for place in places:
             self.compare_artifact(place, reference)
-        weights = [file_sha256(run / places_last(places) / "model.safetensors") for run in (reference, self.run)]
+        weights = [file_sha256(run / last_policy(places) / "model.safetensors") for run in (reference, self.run)]
         tally.checkpoints_different = int(weights[0] != weights[1])
         tally.metrics_different = int(metrics(self.run) != metrics(reference, self.setup.iterations))
         strays = strays_of(self.run, places)
@@ -549,7 +549,7 @@ class Round:
         return len(left)
 
 
-def places_last(places: list[str]) -> str:
+def last_policy(places: list[str]) -> str:
     """The path of the last policy."""
     return [place for place in places if place.endswith("/training")][-1]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, NoBrowser
-from lacking import do_without
+from missing_tools import skip_or_fail
 from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
 from pipelines_slurm_run import digests
 from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_smallest(shared: Path) -> Path:
     """The config file of a run that several test files share."""
-    with once(shared / "smallest.lock"):
+    with file_lock(shared / "smallest.lock"):
         path = shared / "smallest.yaml"
         return path if path.exists() else write_smallest(shared)
 
@@ -46,7 +46,7 @@ def shared_smallest(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(shared: Path, shared_smallest: Path) -> FinishedRun:
     """An uninterrupted run of two iterations, executed by the first test that needs it. Tests must not change it."""
-    with once(shared / "finished.lock"):
+    with file_lock(shared / "finished.lock"):
         path = shared / "finished.json"
         if not path.exists():
             run = finish_smallest(shared_smallest)
@@ -56,7 +56,7 @@ def finished_run(shared: Path, shared_smallest: Path) -> FinishedRun:
 
 
 @contextlib.contextmanager
-def once(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """A context that only one process at a time can enter."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -72,7 +72,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         cluster = Cluster(tmp_path_factory.mktemp("slurm") / "state")
     except ClusterRefused as refusal:
-        do_without(f"SLURM IS NOT TESTED: {refusal}")
+        skip_or_fail(f"SLURM IS NOT TESTED: {refusal}")
     yield cluster
     cluster.end()
 
@@ -86,7 +86,7 @@ def browser() -> Iterator[Browser]:
     try:
         browser = Browser()
     except NoBrowser as missing:
-        do_without(f"NO PAGE IS TESTED: {missing}")
+        skip_or_fail(f"NO PAGE IS TESTED: {missing}")
     yield browser
     browser.close()
 

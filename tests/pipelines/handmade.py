@@ -170,7 +170,7 @@ class HandmadeRun:
             if wanted is None or (rollout.prompt_id, completion.sample) in wanted
         ]
         shards: dict[int, list[Any]] = {}
-        places = place_of(Artifact.open(rollouts))
+        places = shard_numbers(Artifact.open(rollouts))
         for row in self.mutate(name, rows):
             shards.setdefault(places.get(row.prompt_id, 0), []).append(row)
         return publish(config, SCORES, shards, {}, facts={"scorer": scorer})
@@ -280,7 +280,7 @@ def pair_of(rollout: Rollout, better: Completion, worse: Completion, scores: dic
     )
 
 
-def place_of(rollouts: Artifact) -> dict[str, int]:
+def shard_numbers(rollouts: Artifact) -> dict[str, int]:
     """The shard numbers of prompts by id."""
     rows = [row.prompt_id for row in rollouts.rows(Rollout)]
     return {name: number // SHARD for number, name in enumerate(rows)}

@@ -115,7 +115,7 @@ def run(config: StageConfig, context: Context) -> Outcome:
         make(names[0])
     if not context.publishes:
         return Outcome("rows")
-    return Outcome("rows", **further(config, publication))
+    return Outcome("rows", **outcome_fields(config, publication))
 
 
 def row_of(config: StageConfig, name: str) -> Any:
@@ -130,7 +130,7 @@ def row_of(config: StageConfig, name: str) -> Any:
     return Prompt(name, messages)
 
 
-def further(config: StageConfig, publication: Publication) -> dict[str, Any]:
+def outcome_fields(config: StageConfig, publication: Publication) -> dict[str, Any]:
     """The weights and facts of a stage's outcome, if it has any; writes its model files."""
     if config.stage == "world":
         for name in ("demonstrations", "heldout", "preference", "train"):

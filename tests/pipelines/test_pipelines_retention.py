@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from dying import dies_at
+from killing import is_killed_at
 from pipelines_smallest import FinishedRun
 from rich.console import Console
 from small_stages import make, without_environments
@@ -566,7 +566,7 @@ def test_deleting_and_compressing_killed_at_every_step_lose_nothing(smallest: Pa
         shutil.rmtree(folder)
         shutil.copytree(template, folder)
         number += 1
-        reached = dies_at(number, work)
+        reached = is_killed_at(number, work)
         assert [problem for artifact in artifacts for problem in artifact.damage()] == []
         work()
         assert contents(folder) == expected, f"killed at step {number}"
@@ -597,7 +597,7 @@ def test_gc_killed_at_any_step_loses_nothing_and_ends_the_same(smallest: Path) -
     while reached:
         shutil.rmtree(run.path)
         shutil.copytree(template, run.path)
-        reached = dies_at(number, clean)
+        reached = is_killed_at(number, clean)
         assert reference.items() <= run.digests().items()
         clean()
         assert contents(run.path).keys() == expected.keys(), f"killed at step {number}"
@@ -617,7 +617,9 @@ def test_a_driver_killed_while_it_makes_again_loses_nothing(smallest: Path) -> N
     while reached:
         shutil.rmtree(run.path)
         shutil.copytree(template, run.path)
-        reached = dies_at(number, lambda: run.drive(5), [(os, name) for name in ("rename", "unlink", "rmdir", "mkdir")])
+        reached = is_killed_at(
+            number, lambda: run.drive(5), [(os, name) for name in ("rename", "unlink", "rmdir", "mkdir")]
+        )
         there = {path.parent for path in run.path.rglob(MANIFEST)}
         for name in reference.keys() - {"iteration-004/heldout/generation"}:
             path = run.path / name

@@ -61,7 +61,7 @@ def run_here(stage: str, **settings: Any) -> Artifact:
 
 
 @contextlib.contextmanager
-def breaking_off(after: int | None) -> Iterator[None]:
+def interrupted_after(after: int | None) -> Iterator[None]:
     """Interrupt the training in the context after `after` steps; never if that is None."""
     import training.loop
 
@@ -82,7 +82,7 @@ def breaking_off(after: int | None) -> Iterator[None]:
 DEADLINE = 240.0
 
 
-class Started:
+class RunningTraining:
     """A training in separate processes, all of which have ended when the test is over."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], **variables: str) -> None:
@@ -134,11 +134,13 @@ class Started:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    started: list[Started] = []
+def start(tmp_path: Path) -> Iterator[Callable[..., RunningTraining]]:
+    started: list[RunningTraining] = []
 
-    def begin(settings: dict[str, Any], variables: dict[str, str] | None = None, **changes: Any) -> Started:
-        started.append(Started(tmp_path / f"attempt-{len(started)}", {**settings, **changes}, **(variables or {})))
+    def begin(settings: dict[str, Any], variables: dict[str, str] | None = None, **changes: Any) -> RunningTraining:
+        started.append(
+            RunningTraining(tmp_path / f"attempt-{len(started)}", {**settings, **changes}, **(variables or {}))
+        )
         return started[-1]
 
     yield begin

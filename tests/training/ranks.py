@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 ranks.py FILE
 
-FILE: a JSON list of trainings, each with `stage`, `settings`, and optionally `break_off`, the number of steps after
-which it is interrupted.
+FILE: a JSON list of trainings, each with `stage`, `settings`, and optionally `interrupt_after`, the number of steps
+after which it is interrupted.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from conftest import breaking_off
+from conftest import interrupted_after
 
 from contracts.config import validate
 from contracts.declaration import stages_of
@@ -22,7 +22,7 @@ from training.launch import exit_without_teardown
 def main() -> None:
     for training in json.loads(Path(sys.argv[1]).read_text()):
         command = stages_of("training")[training["stage"]]
-        with breaking_off(training.get("break_off")):
+        with interrupted_after(training.get("interrupt_after")):
             run_stage(command, validate(command.config, training["settings"], "test"))
 
 

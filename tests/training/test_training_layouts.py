@@ -11,9 +11,9 @@ import pytest
 from conftest import (
     ROOT,
     assert_same_training,
-    breaking_off,
     dpo_settings,
     five_steps,
+    interrupted_after,
     make_model,
     run_cli,
     run_here,
@@ -126,7 +126,7 @@ def together(folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demons
     for name, (stage, model, parallel) in TOGETHER.items():
         settings = five_steps(stage, deep[model], pairs, demonstrations) | SMALL | changes_of(name)
         trainings.append({"stage": stage, "settings": {**settings, "parallel": parallel, "output": folder / name}})
-    with breaking_off(2):
+    with interrupted_after(2):
         run_here("policy", **moving_settings(deep, pairs, folder / "one-fsdp2"), checkpoint_seconds=0)
     for name, parallel, after in (
         ("one-fsdp2", {"dp": 2, "zero": "fsdp2"}, None),
@@ -138,7 +138,7 @@ def together(folder: Path, deep: dict[str, Path], pairs: dict[str, Path], demons
         ("pp-again", {"pp": 2}, None),
     ):
         settings = moving_settings(deep, pairs, folder / name) | {"parallel": parallel, "checkpoint_seconds": 0}
-        trainings.append({"stage": "policy", "settings": settings, "break_off": after})
+        trainings.append({"stage": "policy", "settings": settings, "interrupt_after": after})
     run_ranks(folder, 2, trainings)
     return folder
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import (
     ROOT,
-    Started,
+    RunningTraining,
     assert_same_training,
     dpo_settings,
     five_steps,
@@ -50,25 +50,27 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start_nodes(start: Callable[..., Started], settings: dict[str, Any], **changes: Any) -> list[Started]:
+def start_nodes(
+    start: Callable[..., RunningTraining], settings: dict[str, Any], **changes: Any
+) -> list[RunningTraining]:
     """The same command on two nodes."""
     port = str(free_port())
     variables = [{"NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for node in "01"]
     return [start(settings, variables=each, **changes) for each in variables]
 
 
-def end_all(nodes: list[Started], code: int, seconds: float = 120.0) -> None:
+def end_all(nodes: list[RunningTraining], code: int, seconds: float = 120.0) -> None:
     """Both end with this exit code, in time."""
     begin = time.monotonic()
     assert [node.end() for node in nodes] == [code] * len(nodes), logs(nodes)
     assert time.monotonic() - begin < seconds, logs(nodes)
 
 
-def logs(nodes: list[Started]) -> str:
+def logs(nodes: list[RunningTraining]) -> str:
     return "\n".join((node.attempt / "log").read_text() for node in nodes)
 
 
-def kinds(node: Started) -> set[str]:
+def kinds(node: RunningTraining) -> set[str]:
     return {failure["kind"] for failure in node.failures()}
 
 

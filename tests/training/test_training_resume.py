@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import breaking_off, dpo_settings, make_model, run_here, training_log
+from conftest import dpo_settings, interrupted_after, make_model, run_here, training_log
 from safetensors.torch import load_file, save_file
 
 import training.fit
@@ -115,7 +115,7 @@ def hidden(artifact: Artifact, output: Path) -> Path:
 
 def interrupt(after: int, **settings: Any) -> Path:
     """Train in this process, save after every step, and break off after some; return the saved state."""
-    with breaking_off(after):
+    with interrupted_after(after):
         run_here("policy", **settings, checkpoint_seconds=0)
     return saved_state(settings["output"])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import breaking_off, dpo_settings, make_pairs, make_reference, publish, run_here, training_log
+from conftest import dpo_settings, interrupted_after, make_pairs, make_reference, publish, run_here, training_log
 
 from contracts.errors import UserError
 from contracts.fingerprint import file_sha256
@@ -58,7 +58,7 @@ def test_a_stop_and_another_layout_change_nothing(
         for folder in ("whole", "torn", "small")
     )
     run_here("policy", **whole)
-    with breaking_off(5):
+    with interrupted_after(5):
         run_here("policy", **torn)
     assert run_here("policy", **torn).manifest.facts["resumed_steps"] == 5
     for file in ("training-log.jsonl", "model.safetensors"):

@@ -16,7 +16,7 @@ STEPS: Sequence[Call] = (
 """The calls that change files."""
 
 
-def dies_at(number: int, action: Callable[[], object], calls: Sequence[Call] = STEPS) -> bool:
+def is_killed_at(number: int, action: Callable[[], object], calls: Sequence[Call] = STEPS) -> bool:
     """Run `action` in a process that is killed by SIGKILL before its call number `number` of any of `calls`.
 
     Returns whether it was killed, that is, whether there were so many calls.

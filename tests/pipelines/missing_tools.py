@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 
 
-def do_without(message: str) -> NoReturn:
+def skip_or_fail(message: str) -> NoReturn:
     """Skip the test with a warning in the summary; with CI=true, fail."""
     if os.environ.get("CI") == "true":
         pytest.fail(message)
