@@ -148,7 +148,7 @@ def test_scores_of_other_answers_are_left_out(run: Path) -> None:
     shutil.rmtree(run / "iteration-002/generation")
     shutil.copytree(run / "iteration-001/generation", run / "iteration-002/generation")
     report = gathered(run)
-    assert "iteration-002/reward: made from other answers than iteration-002/generation has now" in report.missing
+    assert "iteration-002/reward: computed from other answers than iteration-002/generation has now" in report.missing
     found = next(found for found in report.sets if found.name == "iteration-002/generation")
     assert found.scorers == []
     assert found.columns.best == [None] * 3

@@ -239,17 +239,17 @@ class _Gatherer:
     def sources_of(self, node: Node, role: str, rollouts: Artifact, readers: list[Node]) -> SetSources:
         sources = SetSources(node.name, role, node.iteration, rollouts)
         for reader in readers:
-            made = self.artifacts[reader.name]
-            if made.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
-                self.missing.append(f"{reader.name}: made from other answers than {node.name} has now")
-            elif made.manifest.schema == SCORES:
+            output = self.artifacts[reader.name]
+            if output.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
+                self.missing.append(f"{reader.name}: computed from other answers than {node.name} has now")
+            elif output.manifest.schema == SCORES:
                 kind = getattr(reader.config, "kind", None)
                 if kind == "logprobs":
-                    sources.reference = made
+                    sources.reference = output
                 elif kind != "values":
-                    sources.scores[str(getattr(reader.config, "name", reader.role))] = made
-            elif made.manifest.schema == PAIRS and "strategy" in type(reader.config).model_fields:  # not mixed
-                sources.pairs, sources.strategy = made, str(getattr(reader.config, "strategy", ""))
+                    sources.scores[str(getattr(reader.config, "name", reader.role))] = output
+            elif output.manifest.schema == PAIRS and "strategy" in type(reader.config).model_fields:  # not mixed
+                sources.pairs, sources.strategy = output, str(getattr(reader.config, "strategy", ""))
         order = ["reward", *self.run.config.scorers]
         sources.scores = dict(
             sorted(sources.scores.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
