@@ -99,7 +99,7 @@ class Remote:
         """Raise RefusedError where a repo has files but no tag of an iteration."""
         if not _iterations(head) and (others := sorted(self.tree(head.commit).keys() - OWN_FILES)):
             raise RefusedError(
-                f"{self.repo} exists and holds what no run of Ratchet has pushed there ({', '.join(others[:3])}"
+                f"{self.repo} exists and has files that no run of Ratchet has pushed ({', '.join(others[:3])}"
                 f"{', ...' if len(others) > 3 else ''}); it is left as it is. Name another repo, or delete that one."
             )
 

@@ -1,4 +1,4 @@
-"""`pipeline plan search`: searches a plan for a run, and presents the result with its reasons."""
+"""`pipeline plan search`: searches for a plan for a run, and presents the result with its reasons."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -176,7 +176,7 @@ def _scheduler_device(setting: SearchedRun, predictor: ProfilePredictor) -> Devi
 def run_search(
     setting: SearchedRun, *, seed: int, seconds: float, take: str | None = None
 ) -> tuple[SearchView, PlacementSection]:
-    """Search a plan. Returns the results, and the section `placement` of the chosen plan.
+    """Search for a plan. Returns the results, and the section `placement` of the chosen plan.
 
     Args:
         setting: the run and the machines to search for.

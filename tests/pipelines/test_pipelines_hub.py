@@ -253,7 +253,7 @@ def test_foreign_repo_is_refused(hub: HubDouble, run: Path, capsys: pytest.Captu
     state = hub.state()
     assert main(["push", str(run)]) == 2
     out = capsys.readouterr().out
-    assert f"{MODEL} exists and holds what no run of Ratchet has pushed there (weights.bin)" in out
+    assert f"{MODEL} exists and has files that no run of Ratchet has pushed (weights.bin)" in out
     assert "Name another repo, or delete that one" in out
     assert hub.state() == state
     assert main(["push", str(run)]) == 2
@@ -412,7 +412,7 @@ def test_doctor_finds_what_would_refuse_a_push(hub: HubDouble, monkeypatch: pyte
     found = access(**HUB)
     assert found[:2] == [("ok", f"{MODEL} will be created"), ("ok", f"{PAIRS} exists, and the token may write there")]
     assert found[2][0] == "error"
-    assert "holds what no run of Ratchet has pushed there (theirs.csv)" in found[2][1]
+    assert "has files that no run of Ratchet has pushed (theirs.csv)" in found[2][1]
     assert access(model="bob/closed") == [
         ("error", "the section hub pushes to bob/closed, but alice is not a member of bob")
     ]

@@ -82,7 +82,7 @@ class _Reader:
         self.gap, self.gap_tokens = 0.0, 0
         self.encoder = msgspec.json.Encoder(decimal_format="number")
         self.pairs = pairs_in(sources.pairs)
-        self.chosen = [0.0] * 5
+        self.pair_sums = [0.0] * 5
         self.pair_count = 0
         self.largest: LargestMargin | None = None
         same = sources.reference is not None and (
@@ -124,7 +124,7 @@ class _Reader:
         for pair in pairs:
             found = (by_sample.get(pair.chosen_sample, 0), by_sample.get(pair.rejected_sample, 0))
             figures = (*found, pair.chosen_score, pair.rejected_score, pair.margin)
-            self.chosen = [total + value for total, value in zip(self.chosen, figures, strict=True)]
+            self.pair_sums = [total + value for total, value in zip(self.pair_sums, figures, strict=True)]
             self.pair_count += 1
         if self.prompts > MAX_GROUPS:
             self.left_out += 1
@@ -203,7 +203,7 @@ class _Reader:
         self._close_chunk()
         pairs = None
         if self.pair_count:
-            means = [total / self.pair_count for total in self.chosen]
+            means = [total / self.pair_count for total in self.pair_sums]
             pairs = PairFacts(
                 count=self.pair_count,
                 chosen_length=means[0],
