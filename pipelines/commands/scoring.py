@@ -153,7 +153,7 @@ def _stages(config: RunConfig, scorer: str, tokenizer: Path | None, folder: Path
     for node in nodes:
         for name in node.needs:
             if name in known and not (recipe.graph.nodes[name].output / MANIFEST).is_file():
-                raise UserError(f"scorer {scorer!r} needs {name}, which the run has not made yet. Run it first.")
+                raise UserError(f"scorer {scorer!r} needs {name}, which the run has not published yet. Run it first.")
     return nodes
 
 

@@ -60,8 +60,8 @@ def _reshard(options: argparse.Namespace) -> None:
     else:
         echo(
             console,
-            "names, shapes and sizes are checked, bytes are not: only when files of a run's checkpoint are made whole "
-            "again are there digests to compare them with",
+            "names, shapes and sizes are checked, bytes are not: digests to compare them with exist only for "
+            "restored files of a run's checkpoint",
         )
     if found.left_out:
         echo(console, f"left out, other formats of the weights: {', '.join(found.left_out)}")

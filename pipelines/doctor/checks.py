@@ -59,7 +59,7 @@ def check_configuration(plan: Plan) -> Iterator[Finding]:
     if not mistakes:
         outside = {path for node in plan.graph.nodes.values() for path in node.external_inputs(plan.graph)}
         local = [path for path in outside if not is_remote(path)]
-        found = f"all {plural(len(local), 'input')} from outside are there" if local else "no input is from outside"
+        found = f"external inputs: all {len(local)} exist" if local else "there are no external inputs"
         yield Finding("ok", found)
 
 
@@ -155,13 +155,13 @@ def _torch_devices(plan: Plan, count: int, name: str) -> Finding:
     found = f"torch {version} (CUDA {cuda or 'none'}) of {name} sees {plural(seen, 'GPU')}, the driver {count}"
     if seen != count:
         fix = (
-            "Have a torch for this machine's driver in the environment, hand the devices into its container, or set "
+            "Install a torch for this machine's driver in the environment, hand the devices into its container, or set "
             "RATCHET_VARIANT=cpu to run on the CPU."
         )
         return Finding("error", found, fix)
     if count == 0:
         fix = "That is right on a login node; else check the driver with nvidia-smi, or set RATCHET_VARIANT=cpu."
-        return Finding("warning", f"the gpu variant is asked for, but {found}", fix)
+        return Finding("warning", f"the gpu variant is requested, but {found}", fix)
     return Finding("ok", found)
 
 
@@ -181,7 +181,7 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
     if slow and not gpu_count() and not computes_bfloat16():
         others = f" and {len(slow) - 1} more" if slow[1:] else ""
         found = f"dtype of {slow[0]}{others} is bfloat16, which this processor only emulates, several times slower"
-        yield Finding("warning", found, "Leave dtype out: auto asks the processor; or set float32.")
+        yield Finding("warning", found, "Leave dtype out (auto detects this), or set float32.")
     if gpu_count() and plan.parallel > 1:
         found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
         yield Finding("warning", found, "Set executor.parallel=1, or give the stages less memory each.")

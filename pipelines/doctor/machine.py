@@ -187,7 +187,7 @@ def check_limits(processes: int) -> Iterator[Finding]:
         free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
         found = f"{free >> 20} MiB of shared memory (/dev/shm) for stages of up to {processes} processes"
         if free < SHARED_MEMORY:
-            fix = f"Have {SHARED_MEMORY >> 20} MiB or more; of a container with --shm-size=8g or --ipc=host."
+            fix = f"Provide {SHARED_MEMORY >> 20} MiB or more; in a container with --shm-size=8g or --ipc=host."
             yield Finding("warning", found, fix)
         else:
             yield Finding("ok", found)

@@ -155,7 +155,7 @@ def metric_mismatches(index: Index, artifacts: list[Artifact]) -> Iterator[str]:
         if evaluation is not None:
             yield from _differences(path, own[-1], evaluation)
         elif is_evaluation(own[-1]):
-            yield f"{path}: it has metrics of {name}, but no whole evaluation is there"
+            yield f"{path}: it has metrics of {name}, but its evaluation is missing or damaged"
 
 
 def _differences(path: Path, point: Point, evaluation: Artifact) -> Iterator[str]:

@@ -78,7 +78,7 @@ def _settings(config: RunConfig, iterations: int, first: int, overrides: list[st
     whole = {key: change.pop(key) for key in list(change) if key in WHOLE_RUN_KEYS}
     if unknown := set(change) - CHANGEABLE:
         known = ", ".join(sorted(CHANGEABLE | WHOLE_RUN_KEYS))
-        raise UserError(f"{min(unknown)!r} cannot change in a fork. What can: {known}. Else start a new run.")
+        raise UserError(f"{min(unknown)!r} cannot change in a fork. Keys that can: {known}. Otherwise start a new run.")
     require_changeable(change, first)
     settings = {**config.settings(), "iterations": iterations}
     settings.pop("hub", None)  # its repos belong to the old run

@@ -45,9 +45,9 @@ def grid(overrides: list[str]) -> list[GridPoint]:
     count = math.prod(map(len, axes.values()))
     if not 2 <= count <= MAX_RUNS:
         raise UserError(
-            f"these values make {count} {'run' if count == 1 else 'runs'}; a sweep has 2 to {MAX_RUNS}. Give one "
-            "key or more a list: training.settings.beta=[0.1,0.3] seed=[1,2]. A value that is a list itself stands in "
-            "one of its own: generation.temperatures=[[0.7,1.0]]."
+            f"these values make {count} {'run' if count == 1 else 'runs'}; a sweep has 2 to {MAX_RUNS}. Give a "
+            "list to at least one key: training.settings.beta=[0.1,0.3] seed=[1,2]. A value that is a list itself "
+            "goes into another list: generation.temperatures=[[0.7,1.0]]."
         )
     points = []
     for number, values in enumerate(itertools.product(*axes.values()), 1):

@@ -158,7 +158,7 @@ def replace_by_pipe(path: Path) -> None:
 TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     "missing evaluation": (
         lambda run: delete(run.path / "iteration-002/evaluation"),
-        "metrics.jsonl: it has metrics of iteration-002/evaluation, but no whole evaluation",
+        "metrics.jsonl: it has metrics of iteration-002/evaluation, but its evaluation is missing or damaged",
     ),
     "missing manifest": (
         lambda run: delete(run.path / "iteration-002/training" / MANIFEST),

@@ -161,7 +161,7 @@ class Executor(ABC):
 
     def detach(self, console: "Console", plan: "dict[str, Verdict]") -> None:
         """Submit all stages of `plan` that have to run, so that they continue without a driver."""
-        raise UserError(f"executor {self.kind} has no detached runs. Leave --detach out.")
+        raise UserError(f"executor {self.kind} does not support detached runs. Leave --detach out.")
 
     def require_no_detached_run(self, *, same_settings: bool) -> None:  # noqa: B027
         """Raise UserError if the run is detached already; with `same_settings`, only if its settings differ."""
