@@ -170,14 +170,14 @@ def minutes_of(text: str) -> int | None:
 MAX_PAUSE_SECONDS = 600.0
 
 
-def retry_pause(tries: int, backoff: float, chance: random.Random) -> float:
+def retry_pause(tries: int, backoff: float, rng: random.Random) -> float:
     """Seconds until the retry of a stage that has failed `tries` times.
 
     The pause doubles with every failure, with jitter from 50 % to 150 %, so that stages that failed together are not
     retried together.
     """
     doubled: float = backoff * 2 ** min(tries - 1, 10)
-    return min(doubled, MAX_PAUSE_SECONDS) * chance.uniform(0.5, 1.5)
+    return min(doubled, MAX_PAUSE_SECONDS) * rng.uniform(0.5, 1.5)
 
 
 class ExecutorSection(Section):

@@ -206,7 +206,7 @@ def run_search(
         reason=answer.reason,
         gain=comparison.gain if comparison is not None else None,
         gain_error=comparison.error if comparison is not None else None,
-        chance=comparison.chance if comparison is not None else None,
+        chance=comparison.win_share if comparison is not None else None,
         changes=differences(new, best) if new is not None and best is not None else [],
         space=answer.finding.space,
         evaluated=answer.finding.evaluated,

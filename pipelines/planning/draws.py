@@ -93,11 +93,11 @@ def draw_runs(
         count: the number of runs.
         seed: the seed of the random numbers; the same seed gives the same result.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     intervals = {node.name: resume_interval(node, graph, one) for node, one in _known(simulation)}
     totals, held, failures, stopped = [], [], 0, 0
     for _ in range(count):
-        works = _draw(simulation, executor, machines, intervals, chance)
+        works = _draw(simulation, executor, machines, intervals, rng)
         times = simulation.conditions.simulate(simulation.order, simulation.cluster, works)
         totals.append(max((one.end for one in times.values()), default=0.0))
         held.append(sum(times[node.name].held * simulation.devices_of(node) for node in simulation.order))
@@ -116,7 +116,7 @@ def _draw(
     executor: ExecutorSection,
     machines: MachinesSection | None,
     intervals: Mapping[str, float],
-    chance: random.Random,
+    rng: random.Random,
 ) -> dict[str, StageWork]:
     """The work of each stage in one run."""
     works = {name: StageWork(0.0) for name in simulation.unknown}
@@ -124,20 +124,20 @@ def _draw(
     for node, one in _known(simulation):
         kind = kind_of(node)
         if kind not in kind_factors:
-            kind_factors[kind] = random_factor(chance, one.error)
+            kind_factors[kind] = random_factor(rng, one.error)
         factor, queue = kind_factors[kind], one.queue
         failures: tuple[tuple[float, float], ...] = ()
         compute, fixed = factor * one.compute, factor * (one.start + one.load)
         handoff = factor * one.handoff
         devices = simulation.devices_of(node)
         if machines is not None and devices:
-            if chance.random() < machines.stragglers.share:
+            if rng.random() < machines.stragglers.share:
                 compute *= machines.stragglers.factor
-            queue *= math.exp(chance.gauss(0, machines.queue.spread))
+            queue *= math.exp(rng.gauss(0, machines.queue.spread))
             if machines.hours_between_failures is not None:
                 mtbf = 3600 * machines.hours_between_failures / devices
                 interval = compute * (intervals[node.name] / one.compute if one.compute else 1.0)
-                failures, compute = _fail(fixed, compute, handoff, interval, mtbf, executor, chance)
+                failures, compute = _fail(fixed, compute, handoff, interval, mtbf, executor, rng)
         demand = simulation.conditions.demands.get(node.name, 0.0)
         works[node.name] = StageWork(fixed + compute + handoff, queue, demand, failures, one.finish)
     return works
@@ -150,13 +150,13 @@ def _fail(
     interval: float,
     mtbf: float,
     executor: ExecutorSection,
-    chance: random.Random,
+    rng: random.Random,
 ) -> tuple[tuple[tuple[float, float], ...], float]:
     """The failed attempts at a stage (seconds until each fails, and of the pause after it), and what is left for the
     last one."""
     failures: list[tuple[float, float]] = []
-    while (at := chance.expovariate(1 / mtbf)) < fixed + compute + handoff and len(failures) < MAX_ATTEMPTS:
+    while (at := rng.expovariate(1 / mtbf)) < fixed + compute + handoff and len(failures) < MAX_ATTEMPTS:
         done = min(compute, max(0.0, at - fixed))
         compute -= done if done == compute else interval * (done // interval) if interval else done
-        failures.append((at, retry_pause(len(failures) + 1, executor.backoff_seconds, chance)))
+        failures.append((at, retry_pause(len(failures) + 1, executor.backoff_seconds, rng)))
     return tuple(failures), compute

@@ -236,19 +236,19 @@ def scorers_without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Fin
     Args:
         unanswered: names of stages that read such prompts; one of those that read the same rows.
     """
-    lacking = {_data_of(request_of(graph.nodes[name], graph)) for name in unanswered}
-    lacks: dict[str, bool] = {}
+    without_answers = {_data_of(request_of(graph.nodes[name], graph)) for name in unanswered}
+    without: dict[str, bool] = {}
     for node in graph.nodes.values():
         config = node.config
         if not isinstance(config, ScoreConfig) or not config.reads_answer or config.max_dropped >= 1:
             continue
         sets = _prompt_sets(graph.sampler(config.rollouts), graph)
-        for made in sets:
-            if made.name not in lacks:
-                of_world = _world_file(made, graph) is not None  # the toy task's prompts have no answers
-                lacks[made.name] = of_world or _data_of(request_of(made, graph)) in lacking
-        if sets and all(lacks[made.name] for made in sets):
-            names = " and ".join(_world_file(made, graph) or str(made.path("source")) for made in sets)
+        for importer in sets:
+            if importer.name not in without:
+                of_world = _world_file(importer, graph) is not None  # the toy task's prompts have no answers
+                without[importer.name] = of_world or _data_of(request_of(importer, graph)) in without_answers
+        if sets and all(without[importer.name] for importer in sets):
+            names = " and ".join(_world_file(importer, graph) or str(importer.path("source")) for importer in sets)
             found = f"scorer {config.name!r}: {config.needs_answer}, which no prompt of {names} has."
             yield Finding("error", found, f"{ANSWER_FIX}, or take other prompts.")
 
@@ -268,25 +268,25 @@ def too_small_sets(graph: Graph, counts: dict[str, int]) -> Iterator[Finding]:
         wanted = Counter(next_sources(weights, taken, config.count))
         taken += wanted
         for name, path in config.sources.items():
-            made = graph.producer(path)
-            there = None if made is None else _count_of(made, graph, known)
-            if there is not None and there < wanted[name] and name not in reported:
+            importer = graph.producer(path)
+            count = None if importer is None else _count_of(importer, graph, known)
+            if count is not None and count < wanted[name] and name not in reported:
                 reported.add(name)
-                yield Finding("error", too_few_prompts(name, there, config.count, wanted[name]))
+                yield Finding("error", too_few_prompts(name, count, config.count, wanted[name]))
 
 
-def _count_of(made: Node, graph: Graph, known: dict[str, int]) -> int | None:
+def _count_of(importer: Node, graph: Graph, known: dict[str, int]) -> int | None:
     """The maximum number of prompts in a set; None if unknown."""
-    if (file := _world_file(made, graph)) is None:
-        return known.get(_data_of(request_of(made, graph)))
-    world = graph.nodes[graph.producer_name(made.path("source")) or ""].config
+    if (file := _world_file(importer, graph)) is None:
+        return known.get(_data_of(request_of(importer, graph)))
+    world = graph.nodes[graph.producer_name(importer.path("source")) or ""].config
     count = int(getattr(world, file.removeprefix("world:").partition(".")[0]))
-    return min(count, made.config.model_dump().get("limit") or count)
+    return min(count, importer.config.model_dump().get("limit") or count)
 
 
-def _world_file(made: Node, graph: Graph) -> str | None:
+def _world_file(importer: Node, graph: Graph) -> str | None:
     """The file of the toy task that a stage imports; None if it imports something else."""
-    path = made.path("source")
+    path = importer.path("source")
     owner = None if path is None else graph.producer_name(path)
     if path is None or owner is None or graph.nodes[owner].config.stage != "world":
         return None

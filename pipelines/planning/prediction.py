@@ -60,7 +60,7 @@ class Predictor(Protocol):
         """Predict a placed stage. None means unknown, which must never be counted as zero."""
 
 
-def random_factor(chance: random.Random, error: float) -> float:
+def random_factor(rng: random.Random, error: float) -> float:
     """A random factor for a prediction: lognormal with mean 1, and the prediction's error as its standard deviation."""
     width = math.sqrt(math.log1p(error * error))
-    return math.exp(chance.gauss(0.0, 1.0) * width - width * width / 2)
+    return math.exp(rng.gauss(0.0, 1.0) * width - width * width / 2)

@@ -30,21 +30,21 @@ class Admission:
 
     def __init__(self, cluster: Cluster, taken: Iterable[Placement] = ()) -> None:
         self._cluster = cluster
-        self._most = cluster.executor.parallel if cluster.is_divided else None
+        self._max_stages = cluster.executor.parallel if cluster.is_divided else None
         self._stages = 0
         self._taken: dict[str, list[int]] = {}  # by executor; bit d of mask k: more than k stages have device d
-        self._kept: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
         for placement in taken:
             self.take(placement)
 
     def admits(self, placement: Placement) -> bool:
         """Whether a stage may start now; if so, it takes its devices."""
-        shares = self._cluster.sharing_limit(placement)
-        if shares is not None:
-            taken, kept = self._taken.get(placement.executor, ()), self._kept.get(placement.executor, 0)
-            barred = kept | (taken[shares - 1] if shares <= len(taken) else 0)
-            if (self._most is not None and self._stages >= self._most) or barred & placement.bits:
-                self._kept[placement.executor] = kept | placement.bits
+        limit = self._cluster.sharing_limit(placement)
+        if limit is not None:
+            taken, reserved = self._taken.get(placement.executor, ()), self._reserved.get(placement.executor, 0)
+            barred = reserved | (taken[limit - 1] if limit <= len(taken) else 0)
+            if (self._max_stages is not None and self._stages >= self._max_stages) or barred & placement.bits:
+                self._reserved[placement.executor] = reserved | placement.bits
                 return False
         self.take(placement)
         return True
@@ -61,7 +61,7 @@ class Admission:
 
     def reset(self) -> None:
         """Start another pass from the most urgent stage on: drop the reservations of devices for waiting stages."""
-        self._kept.clear()
+        self._reserved.clear()
 
     def take(self, placement: Placement) -> None:
         self._stages += 1
@@ -185,10 +185,10 @@ def simulate_schedule(
     producer = [rank.get(streams[node.name][0]) if node.name in streams else None for node in left]
     followers = [number for number, followed in enumerate(producer) if followed is not None]
 
-    turn = Admission(cluster)
-    now = effort = (
-        0.0  # effort: seconds of work done by a stage that has always run; less than `now` after any slowdown
-    )
+    admission = Admission(cluster)
+    # The work in seconds that a stage which has always run has done by `now`: less than `now` after any slowdown.
+    effort = 0.0
+    now = 0.0
     rate, demanded = 1.0, 0.0
     ends: list[tuple[float, int]] = []  # ends of attempts, in effort
     timers: list[tuple[float, int, str]] = []  # ends of queueing, of pauses and of finalizing jobs, in time
@@ -230,7 +230,7 @@ def simulate_schedule(
             demand(work[number].demand)
         if failures[number]:
             heapq.heappush(ends, (effort + failures[number][0][0], number))
-        elif waiting[number] and producer[number] in at_work:  # it streams, and cannot end before its maker does
+        elif waiting[number] and producer[number] in at_work:  # it streams, and cannot end before its producer does
             followed.setdefault(producer[number], []).append((effort, number))  # type: ignore[arg-type]
         else:
             heapq.heappush(ends, (effort + work[number].seconds, number))
@@ -242,7 +242,7 @@ def simulate_schedule(
         held[number] += now - since[number]
         reached[number] = effort
         pass_time(end_seconds)
-        turn.release(places[number])
+        admission.release(places[number])
         if failures[number]:
             _, pause = failures[number].pop(0)
             heapq.heappush(timers, (now + pause, number, PAUSED))
@@ -257,7 +257,7 @@ def simulate_schedule(
         for start_effort, follower in followed.pop(number, ()):
             seconds = work[follower].seconds
             least = reached[number] + streams[left[follower].name][1] * seconds
-            least = max(least, effort) if work[number].finish else least  # not before its maker is published
+            least = max(least, effort) if work[number].finish else least  # not before its producer is published
             heapq.heappush(ends, (max(start_effort + seconds, least), follower))
         for dependent in dependents[number]:
             waiting[dependent] -= 1
@@ -266,18 +266,18 @@ def simulate_schedule(
 
     followed: dict[int, list[tuple[float, int]]] = {}
     for number in sorted((rank[name] for name in running if name in rank), key=lambda one: producer[one] is not None):
-        turn.take(places[number])
+        admission.take(places[number])
         start(number)
     for number, count in enumerate(waiting):
         if not count and idle[number]:
             heapq.heappush(lines[number], number)
     while True:
-        turn.reset()
+        admission.reset()
         fronts = [(line[0], place) for place, line in ready.items() if line]
         heapq.heapify(fronts)
         while fronts:
             number, place = heapq.heappop(fronts)
-            if turn.admits(place):
+            if admission.admits(place):
                 heapq.heappop(ready[place])
                 pass_time(start_seconds)
                 start(number)
@@ -286,7 +286,7 @@ def simulate_schedule(
         for number in followers:
             one = producer[number]
             can_follow = idle[number] and waiting[number] == 1 and one in at_work and not waiting[one]
-            if can_follow and turn.admits(places[number]):
+            if can_follow and admission.admits(places[number]):
                 pass_time(start_seconds)
                 start(number)
         if not ends and not timers:

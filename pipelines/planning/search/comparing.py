@@ -36,13 +36,13 @@ class PlanComparison:
     """Seconds by which the first plan is expected to be faster."""
     error: float
     """One standard deviation of the gain."""
-    chance: float
+    win_share: float
     """The share of the draws in which the first plan is faster."""
 
     @property
     def is_sure(self) -> bool:
         """Whether the first plan is faster with enough certainty to be chosen."""
-        return self.gain > 0 and self.chance >= CONFIDENCE
+        return self.gain > 0 and self.win_share >= CONFIDENCE
 
 
 def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanComparison:
@@ -60,11 +60,11 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
             errors[shape] = error if shape in {QUEUE, *measured_shapes(found)} else max(error, UNSEEN_ERROR)
     if found.section == fixed.section:
         return PlanComparison(0.0, 0.0, 0.0)
-    chance = random.Random(f"runs {seed}")
+    rng = random.Random(f"runs {seed}")
     pairs = []
     for factors in _draws(errors, seed):
         mine, other = found.seconds_with(factors), fixed.seconds_with(factors)
-        pairs.append(other * random_factor(chance, SIMULATION_ERROR) - mine * random_factor(chance, SIMULATION_ERROR))
+        pairs.append(other * random_factor(rng, SIMULATION_ERROR) - mine * random_factor(rng, SIMULATION_ERROR))
     wins = sum(pair > 0 for pair in pairs)
     return PlanComparison(fixed.seconds - found.seconds, statistics.pstdev(pairs), wins / len(pairs))
 
@@ -94,5 +94,5 @@ def measured_shapes(run: ExpectedRun) -> set[str]:
 
 
 def _draws(errors: dict[str, float], seed: int, count: int = DRAWS) -> list[dict[str, float]]:
-    chance = random.Random(seed)
-    return [{shape: random_factor(chance, errors[shape]) for shape in sorted(errors)} for _ in range(count)]
+    rng = random.Random(seed)
+    return [{shape: random_factor(rng, errors[shape]) for shape in sorted(errors)} for _ in range(count)]

@@ -85,12 +85,12 @@ def _places(table: PlanTable) -> Iterator[PlanChoice]:
 
 
 class _Search:
-    def __init__(self, table: PlanTable, chance: random.Random, deadline: float) -> None:
+    def __init__(self, table: PlanTable, rng: random.Random, deadline: float) -> None:
         self.table = table
         self.best: PlanChoice | None = None
         self.in_time = True
         self._least: tuple[float, ...] = (math.inf,)
-        self._chance = chance
+        self._rng = rng
         self._deadline = deadline
 
     def evaluate_all(self, few: int) -> int | None:
@@ -191,27 +191,27 @@ class _Search:
                 if proposed is None or proposed == current or (other := self.evaluate(proposed)) is None:
                     continue
                 temperature = HOT * (COLD / HOT) ** (step / steps) * max(self._least[0], 1e-9)
-                if other[0] <= cost[0] or self._chance.random() < math.exp((cost[0] - other[0]) / temperature):
+                if other[0] <= cost[0] or self._rng.random() < math.exp((cost[0] - other[0]) / temperature):
                     current, cost = proposed, other
 
     def _changed(self, plan: PlanChoice) -> PlanChoice | None:
         """A random neighbour of a plan; None if the change is not possible."""
-        chance, count = self._chance, len(self.table.roles)
+        rng, count = self._rng, len(self.table.roles)
         streams = self.table.can_stream(plan)
-        change = chance.randrange(6 + streams)
+        change = rng.randrange(6 + streams)
         if not plan.divided:
-            change = chance.choice([1, *([3] if self.table.devices else []), *([6] if streams else [])])
+            change = rng.choice([1, *([3] if self.table.devices else []), *([6] if streams else [])])
         places = list(plan.places)
         pools = list(plan.pools)
         if change == 0:
-            places[chance.randrange(count)] = chance.randrange(WHOLE, len(pools))
+            places[rng.randrange(count)] = rng.randrange(WHOLE, len(pools))
         elif change == 1:
-            return self._with_another_layout(plan, chance.randrange(count))
+            return self._with_another_layout(plan, rng.randrange(count))
         elif change == 2:
             if len(pools) < 2:
                 return None
-            giver, taker = chance.sample(range(len(pools)), 2)
-            step = 1 << chance.randrange(max(1, self.table.devices.bit_length() - 1))
+            giver, taker = rng.sample(range(len(pools)), 2)
+            step = 1 << rng.randrange(max(1, self.table.devices.bit_length() - 1))
             if pools[giver] <= step:
                 return None
             pools[giver] -= step
@@ -225,21 +225,21 @@ class _Search:
             large = pools.index(max(pools))
             if pools[large] < 2:
                 return None
-            size = 1 << chance.randrange(pools[large].bit_length() - (pools[large] & (pools[large] - 1) == 0))
+            size = 1 << rng.randrange(pools[large].bit_length() - (pools[large] & (pools[large] - 1) == 0))
             size = min(size, pools[large] - 1)
             pools[large] -= size
             pools.append(size)
-            for number in chance.sample(range(count), chance.randint(1, count)):
+            for number in rng.sample(range(count), rng.randint(1, count)):
                 if places[number] in (large, WHOLE):
                     places[number] = len(pools) - 1
         elif change == 4:  # merge two pools
             if len(pools) < 2:
                 return None
-            one, other = sorted(chance.sample(range(len(pools)), 2))
+            one, other = sorted(rng.sample(range(len(pools)), 2))
             pools[one] += pools.pop(other)
             places = [one if place == other else place - (place > other) for place in places]
         elif change == 5:
-            one, other = chance.randrange(count), chance.randrange(count)
+            one, other = rng.randrange(count), rng.randrange(count)
             places[one], places[other] = places[other], places[one]
         else:
             return replace(plan, streaming=not plan.streaming)
@@ -264,14 +264,14 @@ class _Search:
             return None
         layouts = []
         for had, there in zip(plan.layouts, options, strict=True):
-            keeps = self._chance.random() < 0.5 and any(option.layout == had for option in there)
+            keeps = self._rng.random() < 0.5 and any(option.layout == had for option in there)
             layouts.append(had if keeps else there[0].layout)
         return replace(plan, layouts=tuple(layouts))
 
     def _with_another_layout(self, plan: PlanChoice, number: int) -> PlanChoice:
         options = self.table.options_of(plan)[number]
         layouts = list(plan.layouts)
-        layouts[number] = self._chance.choice(options).layout
+        layouts[number] = self._rng.choice(options).layout
         return replace(plan, layouts=tuple(layouts))
 
     def climb(self) -> None:

@@ -260,7 +260,7 @@ def _uncertain_text(comparison: PlanComparison, than: str) -> str:
 
 
 def _share_won_text(comparison: PlanComparison) -> str:
-    return f"in {comparison.chance:.0%} of the draws of prediction errors"
+    return f"in {comparison.win_share:.0%} of the draws of prediction errors"
 
 
 def differences(adopted: ExpectedRun, other: ExpectedRun) -> list[str]:
