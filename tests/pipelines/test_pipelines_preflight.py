@@ -175,7 +175,10 @@ def test_a_mark_that_no_answer_has_because_there_is_none(smallest: Path) -> None
     graph = build_graph(load_run_config(smallest, overrides), 1)
     stage = request_of(graph.nodes["prompts/train/few"], graph)
     (finding,) = sample(SamplingRequest((stage,))).findings
-    assert (finding.level, "no row has an answer, of which answer_after='####'" in finding.found) == ("error", True)
+    assert (finding.level, "no row has an answer, so answer_after='####' does not apply" in finding.found) == (
+        "error",
+        True,
+    )
 
 
 def test_scorers_by_answers_on_prompts_of_the_toy_task_and_of_the_hub(
