@@ -89,11 +89,11 @@ class RunStages:
             fields |= self.rendering_fields(fields["model"], fields.get("chat_template_kwargs", {}))
         if section.compares and against is not None:
             fields["against"] = against
-        if section.parts:
+        if section.components:
             folder = role.rpartition("/")[0]
             place = Path(folder) if folder.endswith(("heldout", "parts")) else Path(folder, "parts")
             fields["scores"] = {
-                part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.parts
+                part: self.score(f"{place / part}", part, rollouts, iteration, against) for part in section.components
             }
         if section.standardised:
             fields["standards"] = {part: self.initial_scores(part, iteration) for part in section.standardised}
@@ -122,7 +122,7 @@ class RunStages:
         name."""
         section = self.config.scorers[scorer]
         found: dict[str, Any] = {scorer: [section.select(Role.IDENTITY), section.select(Role.INPUT)]}
-        for part in section.parts:
+        for part in section.components:
             found |= self.scorers_of(part)
         return found
 

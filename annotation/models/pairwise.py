@@ -61,8 +61,8 @@ class PairwiseModel(ModelReader):
         preferences: dict[Comparison, list[float]] = {}
         for chunk in prefetch(chunks(self._rows(rollouts, results), _tokens, BATCHES * self.budget)):
             numbers = self.read([row for _, row in chunk])
-            for (asked, _), found in zip(chunk, numbers, strict=True):
-                for (comparison, place), (number,) in zip(asked, found, strict=True):
+            for (inputs, _), found in zip(chunk, numbers, strict=True):
+                for (comparison, place), (number,) in zip(inputs, found, strict=True):
                     preferences.setdefault(comparison, [0.0, 0.0])[place] = number
         forwards, backwards = np.array([*preferences.values()]).reshape(-1, 2).T
         chances = (_sigmoid(forwards) + _sigmoid(-backwards)) / 2
@@ -81,7 +81,7 @@ class PairwiseModel(ModelReader):
         """The model's inputs for each prompt as rows, each input with its comparison and order (0 or 1); comparisons
         without valid inputs get a reason or fault in `results`."""
         for _, comparisons in groupby(rollouts, key=lambda comparison: comparison[0]):
-            asked: dict[tuple[Comparison, int], list[int]] = {}
+            inputs: dict[tuple[Comparison, int], list[int]] = {}
             for comparison in comparisons:
                 beat()
                 try:
@@ -92,8 +92,8 @@ class PairwiseModel(ModelReader):
                 if self.longest is not None and max(map(len, both)) > self.longest:
                     results[comparison] = "too_long"
                 else:
-                    asked |= {(comparison, place): ids for place, ids in enumerate(both)}
-            yield from _shared_rows(asked)
+                    inputs |= {(comparison, place): ids for place, ids in enumerate(both)}
+            yield from _shared_rows(inputs)
 
     def _token_ids(self, rollout: Rollout, comparison: Comparison) -> list[list[int]]:
         """The model's input for a comparison, in both orders."""
@@ -122,17 +122,17 @@ class PairwiseModel(ModelReader):
         return differences
 
 
-def _shared_rows(asked: dict[tuple[Comparison, int], list[int]]) -> list[tuple[list[tuple[Comparison, int]], Row]]:
+def _shared_rows(inputs: dict[tuple[Comparison, int], list[int]]) -> list[tuple[list[tuple[Comparison, int]], Row]]:
     """The inputs of one prompt as rows: all in one row, or one row per answer in the first position, whichever takes
     fewer tokens."""
-    if not asked:
+    if not inputs:
         return []
     by_first: dict[str, list[tuple[Comparison, int]]] = {}
-    for key in asked:
+    for key in inputs:
         comparison, place = key
         by_first.setdefault(comparison[1 + place], []).append(key)
-    ways = ([[*asked]], [*by_first.values()])
-    rows = [[(group, shared_row([asked[key] for key in group])) for group in way] for way in ways]
+    ways = ([[*inputs]], [*by_first.values()])
+    rows = [[(group, shared_row([inputs[key] for key in group])) for group in way] for way in ways]
     return min(rows, key=lambda way: sum(tokens_of(row, "shared") for _, row in way))
 
 

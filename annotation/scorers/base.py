@@ -104,18 +104,18 @@ class ScorerSettings(Section):
         return self.environment
 
     @property
-    def parts(self) -> list[str]:
+    def components(self) -> list[str]:
         """Names of the other scorers whose scores it reads."""
         return []
 
     @property
     def ensemble(self) -> list[str]:
-        """The scorers in `parts` that score the same quality, so that their spread measures the score's uncertainty."""
+        """The `components` that score the same quality, so that their spread measures the uncertainty of the score."""
         return []
 
     @property
     def standardised(self) -> list[str]:
-        """The scorers in `parts` whose scores of the initial policy's held-out answers it also reads."""
+        """The `components` whose scores of the initial policy's held-out answers it also reads."""
         return []
 
     @property

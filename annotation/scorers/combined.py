@@ -44,7 +44,7 @@ class CombinedSettings(RewardScorerSettings):
         return value
 
     @property
-    def parts(self) -> list[str]:
+    def components(self) -> list[str]:
         """The scorers that the expression names."""
         return Expression(self.expression).scorers
 
@@ -75,7 +75,7 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
     @model_validator(mode="after")
     def _check_scores(self) -> Self:
         for key, wanted, given in (
-            ("scores", self.parts, self.scores), ("standards", self.standardised, self.standards)
+            ("scores", self.components, self.scores), ("standards", self.standardised, self.standards)
         ):  # fmt: skip
             if missing := [name for name in wanted if name not in given]:
                 raise ValueError(
@@ -102,7 +102,7 @@ class CombinedConfig(CombinedSettings, ScoreConfig):
         Raises:
             UserError: scores are of other rollouts, or lack a part that the expression names.
         """
-        opened = {name: Artifact.open(self.scores[name], SCORES) for name in self.parts}
+        opened = {name: Artifact.open(self.scores[name], SCORES) for name in self.components}
         for scores in opened.values():
             require_made_from(rollouts, scores)
         for name, part in Expression(self.expression).names.values():

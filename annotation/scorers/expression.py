@@ -347,14 +347,14 @@ class Expression:
         raise AssertionError(ast.dump(node))
 
 
-def cycle_in(parts: Mapping[str, list[str]]) -> list[str] | None:
+def cycle_in(components: Mapping[str, list[str]]) -> list[str] | None:
     """A cycle among combined scorers, as a path from a scorer through the scorers it reads back to itself, or None."""
 
     def paths(name: str, path: list[str]) -> Iterator[list[str]]:
         if name in path:
             yield [*path[path.index(name) :], name]
             return
-        for part in parts.get(name, []):
-            yield from paths(part, [*path, name])
+        for component in components.get(name, []):
+            yield from paths(component, [*path, name])
 
-    return next((found for name in parts for found in paths(name, [])), None)
+    return next((found for name in components for found in paths(name, [])), None)

@@ -202,14 +202,14 @@ class RunConfig(Section):
     def _check_parts(self) -> None:
         """Require that combined scorers refer to existing scorers, and do not contain themselves."""
         for name, scorer in self.scorers.items():
-            if unknown := [part for part in scorer.parts if part not in self.scorers]:
+            if unknown := [part for part in scorer.components if part not in self.scorers]:
                 near = difflib.get_close_matches(unknown[0], self.scorers, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(
                     f"scorers.{name}.expression names {unknown[0]}, which is not a scorer of this run.{hint} Known: "
                     f"{', '.join([*sorted(self.scorers.keys() - {name}), *ANSWER_NAMES])}."
                 )
-        if cycle := cycle_in({name: scorer.parts for name, scorer in self.scorers.items()}):
+        if cycle := cycle_in({name: scorer.components for name, scorer in self.scorers.items()}):
             raise ValueError(f"scorers.{cycle[0]} is made of itself: {' of '.join(cycle)}. Take one of them out.")
         if taken := sorted(set(ANSWER_NAMES) & self.scorers.keys()):
             raise ValueError(f"scorers.{taken[0]}: {taken[0]} is a built-in name in expressions; rename it.")
@@ -218,7 +218,7 @@ class RunConfig(Section):
         """A scorer and all its components."""
         found = [scorer]
         for name in found:
-            found += [part for part in self.scorers[name].parts if part not in found]
+            found += [part for part in self.scorers[name].components if part not in found]
         return found
 
     def _check_lag(self, description: Description) -> None:
