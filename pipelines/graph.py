@@ -107,7 +107,7 @@ class Graph:
         """Gates whose published decision is a rollback, each with the iteration that the run continues from."""
         self._owners: dict[Path, str] = {}
         self._origins: dict[Path, tuple[Path, bool]] = {}
-        self._known: dict[Hashable, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def add(
         self,
@@ -209,10 +209,10 @@ class Graph:
             found = self._origins[made] = (found[0], found[1] or gives_head)
         return found
 
-    def cached(self, what: Hashable, find: Callable[[], T | None]) -> T | None:
-        """The result of `find`, cached under the key `what`. None is not cached: nothing is known yet."""
-        if (found := self._known.get(what)) is None:
-            found = self._known[what] = find()
+    def cached(self, key: Hashable, compute: Callable[[], T | None]) -> T | None:
+        """The result of `compute`, cached under `key`. None is not cached: nothing is known yet."""
+        if (found := self._cache.get(key)) is None:
+            found = self._cache[key] = compute()
         return found  # type: ignore[no-any-return]
 
     def by_urgency(self) -> list[Node]:

@@ -50,7 +50,7 @@ def format_duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Foreign text with its control characters escaped, so that they do not act on the terminal."""
+    """Untrusted text with its control characters escaped, so that they do not act on the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 

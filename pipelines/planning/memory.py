@@ -67,8 +67,8 @@ def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mappi
         wanted = need.total * (1 if device.gpus else need.processes)
         if wanted > room and config.executor.entry(graph.nodes[name]).kind in LOCAL_KINDS:
             raise UserError(
-                f"stage {name} is estimated to take {format_bytes(wanted)} of {device.name}: {format_bytes(room)} are "
-                f"for it. {graph.nodes[name].stage.memory_fix}"
+                f"stage {name} is estimated to take {format_bytes(wanted)} of {device.name}, but it may use "
+                f"{format_bytes(room)}. {graph.nodes[name].stage.memory_fix}"
             )
 
 
