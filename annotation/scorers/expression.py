@@ -44,12 +44,12 @@ def _finite(function: Callable[..., float]) -> Callable[..., float]:
 
 
 def _all(*values: float) -> float:
-    """1 or 0 like Python's `and`: what stands behind the first false value does not matter."""
+    """1 or 0, like Python's `and`: values after the first false one are ignored."""
     return next((math.nan if math.isnan(value) else 0.0 for value in values if not value > 0), 1.0)
 
 
 def _any(*values: float) -> float:
-    """1 or 0 like Python's `or`: what stands behind the first true value does not matter."""
+    """1 or 0, like Python's `or`: values after the first true one are ignored."""
     return next((math.nan if math.isnan(value) else 1.0 for value in values if not value <= 0), 0.0)
 
 

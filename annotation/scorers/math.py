@@ -1,4 +1,4 @@
-"""The scorer kind `math`: whether an answer's result equals the known one, valid_pattern with math-verify."""
+"""The scorer kind `math`: whether an answer's result equals the known one, checked with math-verify."""
 
 import logging
 import resource
