@@ -176,7 +176,7 @@ def _holds(gate: GateSettings, now: Measured, bases: Mapping[Basis, Measured]) -
     basis = bases[gate.basis].values[gate.metric] if gate.basis else (0.0, 0.0)
     if measured is None or basis is None:
         whose = _policy((now if measured is None else bases[gate.basis or "initial"]).iteration)
-        return None, f"{gate.metric} of {whose} is not known, so this gate cannot decide"
+        return None, f"{gate.metric} of {whose} is not known, so that nothing can be decided by it"
     factor = gate.bound if gate.relative_to else 1.0
     difference = measured[0] - factor * basis[0] - (0.0 if gate.relative_to else gate.bound)
     half = math.hypot(measured[1], factor * basis[1]) if gate.interval else 0.0
