@@ -19,10 +19,10 @@ def run(config: Smollm2Config, context: Context) -> Outcome:
     """Convert the file and publish the model."""
     if config.source.read_bytes()[:4] != b"GGUF":
         raise UserError(f"{config.source} is not a GGUF file. Get it by `bash scripts/get-smollm2.sh`.")
-    place: dict[str, Any] = {"gguf_file": config.source.name}
+    source_file: dict[str, Any] = {"gguf_file": config.source.name}
     with context.timed("load"):
-        tokenizer = AutoTokenizer.from_pretrained(str(config.source.parent), **place)
-        model = AutoModelForCausalLM.from_pretrained(str(config.source.parent), dtype=torch.float32, **place)
+        tokenizer = AutoTokenizer.from_pretrained(str(config.source.parent), **source_file)
+        model = AutoModelForCausalLM.from_pretrained(str(config.source.parent), dtype=torch.float32, **source_file)
     if not isinstance(model.config, LlamaConfig) or not tokenizer.chat_template:
         raise UserError(
             f"{config.source} holds a {type(model).__name__}; expected SmolLM2, a Llama with chat template."

@@ -80,14 +80,14 @@ def demonstrate(prompt: str, source: random.Random) -> str:
 def _garble(text: str, source: random.Random) -> str:
     """Drop a word, repeat a word, or replace an adjective by another one of the text."""
     words = text.split()
-    places = [place for place, word in enumerate(words) if word in ADJECTIVES]
+    adjectives = [index for index, word in enumerate(words) if word in ADJECTIVES]
     damage = source.choice(("lose", "stutter", "repeat"))
-    if damage == "repeat" and len(places) > 1:
-        first, second = source.sample(places, 2)
+    if damage == "repeat" and len(adjectives) > 1:
+        first, second = source.sample(adjectives, 2)
         words[first] = words[second]
     else:
-        place = source.randrange(len(words))
-        words[place : place + 1] = [] if damage == "lose" else [words[place]] * 2
+        index = source.randrange(len(words))
+        words[index : index + 1] = [] if damage == "lose" else [words[index]] * 2
     return " ".join(words)
 
 

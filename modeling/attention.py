@@ -131,9 +131,9 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, variant: AttentionVar
             mask = _mask_with_prefix(width, length, variant.window, q, plan) if width or windowed else None
             for first in range(0, length, length if mask is None else QUERIES):
                 end = length if mask is None else min(first + QUERIES, length)
-                places = slice(own.start + first, own.start + end)
-                out[:, :, places] = scaled_dot_product_attention(
-                    q[:, :, places], keys[:, :, : width + end], values[:, :, : width + end],
+                queries = slice(own.start + first, own.start + end)
+                out[:, :, queries] = scaled_dot_product_attention(
+                    q[:, :, queries], keys[:, :, : width + end], values[:, :, : width + end],
                     attn_mask=None if mask is None else mask[first:end, : width + end], is_causal=mask is None,
                     scale=variant.scaling, enable_gqa=grouped,
                 )  # fmt: skip
@@ -148,11 +148,11 @@ def attend_once_last_token(
     q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))
     grouped = k.shape[1] != q.shape[1]
     sequences = ((span.prompt, own) for span in plan.spans for own in span.responses)
-    for place, (before, own) in enumerate(sequences):
+    for index, (before, own) in enumerate(sequences):
         keys, values = _keys_with_prefix(before, own, k, v)
         seen = slice(-min(keys.shape[2], variant.window or keys.shape[2]), None)
-        out[:, :, place : place + 1] = scaled_dot_product_attention(
-            q[:, :, place : place + 1], keys[:, :, seen], values[:, :, seen], scale=variant.scaling, enable_gqa=grouped
+        out[:, :, index : index + 1] = scaled_dot_product_attention(
+            q[:, :, index : index + 1], keys[:, :, seen], values[:, :, seen], scale=variant.scaling, enable_gqa=grouped
         )
     return found
 
@@ -242,8 +242,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Ten
 
 def _visible(width: int, window: int | None, device: torch.device) -> Tensor:
     """The mask [width, width]: whether token i attends to token j."""
-    places = torch.arange(width, device=device)
-    distance = places[:, None] - places
+    positions = torch.arange(width, device=device)
+    distance = positions[:, None] - positions
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 

@@ -85,9 +85,9 @@ class CpuDecoder:
         )
         self._layers: list[_Layer] = []
         with torch.inference_mode():
-            for place, layer in enumerate(backbone.layers):
+            for index, layer in enumerate(backbone.layers):
                 self._layers.append(self._convert(layer))
-                backbone.layers[place] = nn.Identity()  # frees its weights
+                backbone.layers[index] = nn.Identity()  # frees its weights
         backbone.layers = nn.ModuleList()
 
     def __call__(self, batch: Packed, *, only_last: bool) -> Tensor:
@@ -99,8 +99,8 @@ class CpuDecoder:
         cos, sin = self._rotate(states[None], batch.position_ids)
         half = self._head_size // 2
         turns = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())[:, None]
-        for place, layer in enumerate(self._layers):
-            last = only_last and place == len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            last = only_last and index == len(self._layers) - 1
             variant = AttentionVariant(
                 layer.scaling, layer.window if (layer.window or 0) < plan.longest else None, None, None
             )

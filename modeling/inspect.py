@@ -236,7 +236,7 @@ def check_bos(chat: ChatTokenizer, messages: list[Message], prompt: list[int]) -
 
 
 def _leading(ids: list[int], token: int) -> int:
-    return next((place for place, found in enumerate(ids) if found != token), len(ids))
+    return next((index for index, found in enumerate(ids) if found != token), len(ids))
 
 
 def check_answers(chat: ChatTokenizer) -> Finding:

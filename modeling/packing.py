@@ -105,7 +105,7 @@ def _spans(rows: Many[Row]) -> tuple[Span, ...]:
 
 def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packed:
     ids: list[Ids] = []
-    places: list[Ids] = []
+    position_ids: list[Ids] = []
     wholes: list[Ids] = []  # for each sequence, the indices of its tokens in the flat batch
     starts: list[int] = []
     size = 0
@@ -115,18 +115,18 @@ def _flatten(rows: Many[Row], shared: bool, device: torch.device | str) -> Packe
             if number == 0 or not shared:
                 prompt = np.arange(size, size + width)
                 ids.append(row.prompt)
-                places.append(np.arange(width))
+                position_ids.append(np.arange(width))
                 size += width
             own = np.arange(size, size + len(response.ids))
             ids.append(response.ids)
-            places.append(np.arange(width, width + len(response.ids)))
+            position_ids.append(np.arange(width, width + len(response.ids)))
             size += len(response.ids)
             wholes.append(np.concatenate([prompt, own]))
             starts.append(width)
     positions = np.concatenate([whole[start - 1 : -1] for whole, start in zip(wholes, starts, strict=True)])
     return Packed(
         _tensor(np.concatenate(ids), device)[None],
-        _tensor(np.concatenate(places), device)[None],
+        _tensor(np.concatenate(position_ids), device)[None],
         _plan(wholes, size, device),
         _tensor(positions, device),
         *_responses(rows, device),
@@ -138,7 +138,7 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> PackingPl
     """Group sequences by descending length."""
     groups: list[Tensor] = []
     order = np.zeros(size, dtype=np.int64)
-    places = 0
+    offset = 0
     left = sorted(wholes, key=len, reverse=True)
     while left:
         width, tokens, count = len(left[0]), 0, 0
@@ -150,9 +150,9 @@ def _plan(wholes: list[Ids], size: int, device: torch.device | str) -> PackingPl
         for line, whole in enumerate(left[:count]):
             index[line, : len(whole)] = whole
             # A shared prompt occurs in several sequences with equal values; any of its positions will do.
-            order[whole] = places + line * width + np.arange(len(whole))
+            order[whole] = offset + line * width + np.arange(len(whole))
         groups.append(_tensor(index, device))
-        places += count * width
+        offset += count * width
         left = left[count:]
     whole = np.concatenate(wholes)
     whole_order = np.zeros(size, dtype=np.int64)

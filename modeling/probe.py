@@ -61,8 +61,8 @@ def length_of(model: Any, length: int) -> int:
 
 
 def _states(model: Any, ids: Tensor) -> Tensor:
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    states: Tensor = backbone_of(model)(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    states: Tensor = backbone_of(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     return states.float() if states.dtype == torch.float64 else states
 
 

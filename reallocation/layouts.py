@@ -73,7 +73,7 @@ class RankLayout:
         """The rank at a position of the mesh [pp, dp, tp]."""
         return (stage * self.dp + replica) * self.tp + part
 
-    def place(self, rank: int) -> tuple[int, int, int]:
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
         """The pipeline stage, replica and tensor parallel part of a rank."""
         return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
 

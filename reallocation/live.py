@@ -162,9 +162,9 @@ class _RoundInFlight:
             buffer = torch.empty(size, dtype=torch.uint8, device=some.device)
             self.staged += size
             if sender == process:
-                for transfer, place in _offsets(message):
+                for transfer, offset in _offsets(message):
                     own = _source_view(transfer, sources[transfer.tensor])
-                    buffer[place : place + transfer.bytes].view(own.dtype).view(own.shape).copy_(own)
+                    buffer[offset : offset + transfer.bytes].view(own.dtype).view(own.shape).copy_(own)
                     self.sent += transfer.bytes
                 self._outgoing.append(buffer)
                 operations.append(dist.P2POp(dist.isend, buffer, group=group, group_peer=receiver))
@@ -179,18 +179,18 @@ class _RoundInFlight:
         for work in self._works:
             work.wait()
         for message, buffer in self._incoming:
-            for transfer, place in _offsets(message):
+            for transfer, offset in _offsets(message):
                 own = _target_view(transfer, self._targets[transfer.tensor])
-                own.copy_(buffer[place : place + transfer.bytes].view(own.dtype).view(own.shape))
+                own.copy_(buffer[offset : offset + transfer.bytes].view(own.dtype).view(own.shape))
         self._incoming.clear()
         self._outgoing.clear()
 
 
 def _offsets(message: Message) -> Iterator[tuple[Transfer, int]]:
-    place = 0
+    offset = 0
     for transfer in message:
-        yield transfer, place
-        place += _padded(transfer.bytes)
+        yield transfer, offset
+        offset += _padded(transfer.bytes)
 
 
 def _padded(size: int) -> int:

@@ -220,7 +220,7 @@ class PartIndex:
 def _global_range(part: LocalPart) -> tuple[int, int]:
     """The position of a part's first element in the flattened tensor, and that of its last element plus one."""
     inner = part.last - part.first
-    first, last = (place // inner * part.width + part.first + place % inner for place in (part.start, part.end - 1))
+    first, last = (each // inner * part.width + part.first + each % inner for each in (part.start, part.end - 1))
     return first, last + 1
 
 

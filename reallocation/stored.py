@@ -155,9 +155,9 @@ class StoredModel:
         """
         sources, transfers = self.sources[name], self.transfers(name, part)
         with _Opened(sources[transfer.source].stored.file for transfer in transfers) as files:
-            for number, place, begin, length in runs_in_order(transfers):
+            for number, offset, begin, length in runs_in_order(transfers):
                 stored = sources[number].stored
-                read_exactly(files[stored.file], into[place : place + length], stored.start + begin, stored.file)
+                read_exactly(files[stored.file], into[offset : offset + length], stored.start + begin, stored.file)
 
     def value_head(self) -> StoredTensor | None:
         """The value head's tensor, if the checkpoint is a policy that is its own critic."""
@@ -248,15 +248,15 @@ def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
             start, end = tensor["data_offsets"]
             found.append(StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), path, base + start, base + end))
     found.sort(key=lambda tensor: (tensor.start, tensor.end))
-    place = base
+    previous_end = base
     for tensor in found:
         elements = GlobalTensor(tensor.name, tensor.dtype, tensor.shape).elements
-        if tensor.start != place or tensor.end - tensor.start != elements * item_bytes(tensor.dtype):
+        if tensor.start != previous_end or tensor.end - tensor.start != elements * item_bytes(tensor.dtype):
             raise UserError(
                 f"{path}: the bytes of {tensor.name} ({tensor.dtype}) are not {elements} whole elements right after "
                 "the previous tensor. Save the model again."
             )
-        place = tensor.end
+        previous_end = tensor.end
     return {tensor.name: tensor for tensor in found}
 
 

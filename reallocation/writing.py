@@ -82,21 +82,21 @@ def new_file(path: Path) -> Iterator[Path]:
 def header_of(model: StoredModel, items: Sequence[tuple[str, LocalPart]]) -> tuple[str, int]:
     """The safetensors header of a new file, and the bytes of the whole file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for name, part in items:
         dtype = model.tensors[name].dtype
         size = part.elements * item_bytes(dtype)
         entries[name.removeprefix(REMAINDER)] = {
-            "dtype": dtype, "shape": list(part.shape), "data_offsets": [place, place + size],
+            "dtype": dtype, "shape": list(part.shape), "data_offsets": [offset, offset + size],
         }  # fmt: skip
-        place += size
+        offset += size
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True)
     text += " " * _padding(model, items, 8 + len(text))
-    return text, 8 + len(text) + place
+    return text, 8 + len(text) + offset
 
 
-def _padding(model: StoredModel, items: Sequence[tuple[str, LocalPart]], place: int) -> int:
-    """The number of spaces after a header that would end at `place`: up to a multiple of 8, and if tensors are large,
+def _padding(model: StoredModel, items: Sequence[tuple[str, LocalPart]], offset: int) -> int:
+    """The number of spaces after a header that would end at `offset`: up to a multiple of 8, and if tensors are large,
     as many as align the largest one to pages as in its old file. Most tensors consist of whole pages, so that the
     others are aligned as well."""
     sizes = [part.elements * item_bytes(model.tensors[name].dtype) for name, part in items]
@@ -104,8 +104,8 @@ def _padding(model: StoredModel, items: Sequence[tuple[str, LocalPart]], place: 
     name, part = items[largest]
     first = model.transfers(name, part)[0]
     begin = model.sources[name][first.source].stored.start + first.source_start
-    shift = (begin - first.target_start - sum(sizes[:largest]) - place) % PAGES
-    return shift if sizes[largest] >= LONG and (place + shift) % 8 == 0 else -place % 8
+    shift = (begin - first.target_start - sum(sizes[:largest]) - offset) % PAGES
+    return shift if sizes[largest] >= LONG and (offset + shift) % 8 == 0 else -offset % 8
 
 
 def write_files(
@@ -160,7 +160,7 @@ def shares_of(model: StoredModel, output: OutputFile, count: int) -> list[FileSh
         )
     )
     wanted = [len(header) + (ends[-1] - len(header)) * number // count for number in range(1, count)]
-    cuts = sorted({0, *(bisect.bisect_left(ends, place) for place in wanted), len(output.items)})
+    cuts = sorted({0, *(bisect.bisect_left(ends, position) for position in wanted), len(output.items)})
     pairs = list(itertools.pairwise(cuts)) or [(0, 0)]
     return [
         FileShare(b"" if first else header, output.items[first:last], ends[first] if first else 0, ends[last])
@@ -234,14 +234,14 @@ class _Writer:
         several = max(1, min(WINDOW // row, BUFFER // written, RANGES // len(taken)))
         for first in range(0, rows, several):
             count = min(several, rows - first)
-            place, columns = 0, []
+            offset, columns = 0, []
             for transfer, stored in taken:
                 stride, length = transfer.source_stride, transfer.length
                 size = (count - 1) * stride + length
                 start = stored.start + transfer.source_start + first * stride
-                read_exactly(self._opened(stored), self._window[place : place + size], start, stored.file)
-                columns.append((place, stride, length))
-                place += size
+                read_exactly(self._opened(stored), self._window[offset : offset + size], start, stored.file)
+                columns.append((offset, stride, length))
+                offset += size
             self._write(
                 [
                     self._window[begin + number * stride : begin + number * stride + length]

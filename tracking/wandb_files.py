@@ -56,15 +56,15 @@ def _records(content: bytes, file: Path) -> Iterator[bytes]:
         return  # its process was killed before it wrote anything
     if content[: len(MAGIC)] != MAGIC:
         raise ValueError(f"{file} is no file of wandb")
-    place, parts = FILE_HEADER, b""
-    while place + RECORD_HEADER.size <= len(content):
-        if BLOCK - place % BLOCK < RECORD_HEADER.size:
-            place += BLOCK - place % BLOCK
+    offset, parts = FILE_HEADER, b""
+    while offset + RECORD_HEADER.size <= len(content):
+        if BLOCK - offset % BLOCK < RECORD_HEADER.size:
+            offset += BLOCK - offset % BLOCK
             continue
-        _, length, kind = RECORD_HEADER.unpack_from(content, place)
-        begin, place = place + RECORD_HEADER.size, place + RECORD_HEADER.size + length
-        if place > len(content) or kind not in (FULL, FIRST, MIDDLE, LAST):
+        _, length, kind = RECORD_HEADER.unpack_from(content, offset)
+        begin, offset = offset + RECORD_HEADER.size, offset + RECORD_HEADER.size + length
+        if offset > len(content) or kind not in (FULL, FIRST, MIDDLE, LAST):
             return
-        parts = content[begin:place] if kind in (FULL, FIRST) else parts + content[begin:place]
+        parts = content[begin:offset] if kind in (FULL, FIRST) else parts + content[begin:offset]
         if kind in (FULL, LAST):
             yield parts
