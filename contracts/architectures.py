@@ -86,7 +86,7 @@ def require_supported(config: Mapping[str, Any], what: str = "the model") -> Non
     elif model_type in REFUSED or text in REFUSED:
         reason = REFUSED.get(model_type) or REFUSED[text]
     elif architecture.endswith("ForConditionalGeneration") and model_type not in CONDITIONAL:
-        reason = "is a model with other inputs than text, whose language model cannot be trained apart"
+        reason = "has inputs other than text, and its language model cannot be trained separately"
     else:
         return
     raise UserError(

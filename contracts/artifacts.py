@@ -74,7 +74,7 @@ class Artifact:
         path = self.path / file.path
         stored = path if path.exists() else path.with_name(path.name + COMPRESSED)
         if stored.exists() and not stored.is_file():
-            return f"{stored}: it is no regular file"
+            return f"{stored}: it is not a regular file"
         try:
             with open_stored(path) as content:
                 sha256 = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -243,7 +243,7 @@ class Parser(argparse.ArgumentParser):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; raise UserError with file and line if that fails."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"config file {path} is no regular file; name a YAML file.")
+        raise UserError(f"config file {path} is not a regular file; give a YAML file.")
     try:
         if (size := path.stat().st_size) > yaml_text.MOST_BYTES:
             raise UserError(f"config file {path} has {size} bytes, too many for a configuration. Name a YAML file.")
@@ -334,7 +334,7 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
         if model is not among and issubclass(among, Section) and not parents:
             (tag,), kinds = _tags(model), dict(among.variants())
         if others := sorted(kind for kind, section in kinds.items() if last in section.model_fields):
-            return f"{place!r} is no key of kind={tag}; it is one of kind={', '.join(others)}."
+            return f"{place!r} is not a key of kind={tag}; it is one of kind={', '.join(others)}."
         if now := next(
             (name for name, field in known.items() if last in _declared(field).get("was", "").split()), None
         ):
@@ -354,7 +354,7 @@ def _explain(model: type[BaseModel], problem: Any, among: type[BaseModel]) -> st
     if location[-1:] == ["[key]"]:  # an invalid key of a dict, which pydantic puts into the location as well
         place = ".".join(map(str, location[:-2]))
         is_number = problem["type"] == "int_parsing"
-        shown = f"{place}: {reprlib.repr(problem['input'])} is no {'number' if is_number else 'name'}: "
+        shown = f"{place}: {reprlib.repr(problem['input'])} is not a {'number' if is_number else 'name'}: "
         message = "the keys here are whole numbers" if is_number else message
     else:
         shown = f"{place!r} is {reprlib.repr(problem['input'])}: "

@@ -160,7 +160,7 @@ def _written_turns(text: str, place: str) -> list[Any] | None:
         turns = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{place}: a conversation written as a text that is no JSON, found {_short(text)} ({error}). Write the "
+            f"{place}: a conversation as text that is not valid JSON, found {_short(text)} ({error}). Write the "
             "column with json.dumps, or the data as JSON Lines or Parquet."
         ) from error
     return turns if isinstance(turns, list) else None
@@ -182,7 +182,7 @@ def _part(part: Any, place: str) -> str:
         return str(part["text"])
     part_type = part.get("type") if isinstance(part, dict) else None
     raise UserError(
-        f"{place}: a part of the content is no text ({f'its type is {part_type!r}' if part_type else _short(part)}); "
+        f"{place}: a part of the content is not text ({f'its type is {part_type!r}' if part_type else _short(part)}); "
         "only text can be read. Remove the rows with such parts."
     )
 

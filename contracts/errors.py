@@ -68,8 +68,8 @@ class RunStoppedError(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"{reason} Nothing of a later iteration is started. To go on nevertheless, change the gate, or have it "
-            "look at later iterations alone (`first`)."
+            f"{reason} No stage of a later iteration is started. To continue nevertheless, change the gate, or apply "
+            "it to later iterations only (`first`)."
         )
 
 

@@ -19,7 +19,7 @@ def surrogate_error(place: str, error: UnicodeEncodeError) -> UserError:
     """The error for a text that contains half of a surrogate pair."""
     around = error.object[max(0, error.start - 20) : error.end + 20]
     return UserError(
-        f"{place}: {around!r} holds half of a surrogate pair, which is no text: it was cut in the middle of a "
+        f"{place}: {around!r} holds half of a surrogate pair, which is not valid text: it was cut in the middle of a "
         "character. Remove it, or the row."
     )
 
@@ -107,7 +107,9 @@ def answer_of(row: SourceRow, choices: dict[str, str]) -> str | None:
             )
         return list(choices)[value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{row.place}: {name} is {value}, which is no answer. Leave it empty (null), or correct it.")
+        raise UserError(
+            f"{row.place}: {name} is {value}, which cannot be an answer. Leave it empty (null), or correct it."
+        )
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:

@@ -167,7 +167,7 @@ class Source:
             return list(read_jsonl(self.path / name, record_type))
         content = self._content(name)
         if content is None or _sha256(content) != self._intact[name]:
-            raise TransientError(f"{self.path}: {name} is being made again by the stage that this one follows.")
+            raise TransientError(f"{self.path}: {name} is being recomputed by the stage that this one follows.")
         self._read[name] = self._intact[name]
         return list(decode_jsonl(self.path / name, io.BytesIO(content), record_type))
 

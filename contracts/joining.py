@@ -24,7 +24,7 @@ def require_made_from(rollouts: Artifact, derived: Artifact) -> None:
     if derived.manifest.inputs.get("rollouts") != rollouts.manifest.digest:
         raise UserError(
             f"{derived.path} ({derived.manifest.schema.name}) was made from other rollouts than {rollouts.path}. "
-            "Give the rollouts that it was made from, or make it again from these."
+            "Give the rollouts that it was made from, or recompute it from these."
         )
 
 
@@ -83,7 +83,7 @@ def join(rollouts: Artifact, scores: dict[str, Artifact]) -> Iterator[tuple[Roll
 def _orphan(scores: Artifact, prompt_id: str, sample: int, rollouts: Artifact) -> str:
     return (
         f"{scores.path} scores prompt {prompt_id}, sample {sample}, which {rollouts.path} does not hold there. "
-        "Make the scores again from these rollouts."
+        "Recompute the scores from these rollouts."
     )
 
 
@@ -95,7 +95,7 @@ def scores_of_shard(scores: Artifact, shard: str) -> dict[str, ScoresBySample]:
     """
     column: dict[str, ScoresBySample] = {}
     if shard not in {path.name for path in scores.shards}:
-        raise UserError(f"{scores.path} has no {shard}, unlike its rollouts. Make the scores again.")
+        raise UserError(f"{scores.path} has no {shard}, unlike its rollouts. Recompute the scores.")
     for score in read_jsonl(scores.path / shard, Score):
         by_sample = column.setdefault(score.prompt_id, {})
         if score.sample in by_sample:

@@ -49,7 +49,7 @@ def _damage_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}{COMPRESSED} is cut off or damaged: {error}. Delete it and make it again.") from error
+        raise UserError(f"{path}{COMPRESSED} is cut off or damaged: {error}. Delete it and recompute it.") from error
 
 
 def read_jsonl(path: Path, record_type: type[R], *, tolerate_torn_tail: bool = False) -> Iterator[R]:

@@ -59,7 +59,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
         for name in (*CONTEXT_LENGTHS, "vocab_size"):
             if not isinstance(text.get(name), int | None):
                 raise UserError(
-                    f"{name} in {path / 'config.json'} is {text[name]!r}, which is no whole number. Take the "
+                    f"{name} in {path / 'config.json'} is {text[name]!r}, which is not a whole number. Take the "
                     "config.json of the model's authors."
                 )
         context = next((text[name] for name in CONTEXT_LENGTHS if text.get(name)), None)

@@ -130,5 +130,5 @@ def _read_index(file: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        raise UserError(f"{file} is no index of safetensors files (a JSON object with a weight_map). {AGAIN}")
+        raise UserError(f"{file} is not an index of safetensors files (a JSON object with a weight_map). {AGAIN}")
     return dict(names)

@@ -147,7 +147,7 @@ def _require_none(missing: list[str], count: int) -> None:
         names = ", ".join([*missing[:NAMED], *(["..."] if len(missing) > NAMED else [])])
         raise TransientError(
             f"{len(missing)} of {count} shards are missing: {names}; the tasks that had them ended. Tasks that are "
-            "started again make only these."
+            "started again compute only these."
         )
 
 

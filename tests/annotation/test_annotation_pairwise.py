@@ -234,10 +234,13 @@ def test_nothing_depends_on_the_number_of_shards(tmp_path, judges):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"missing_eos_penalty": 1.0}, "is no key of kind=pairwise; it is one of kind="),
+        ({"missing_eos_penalty": 1.0}, "is not a key of kind=pairwise; it is one of kind="),
         ({"pairs": "pairs"}, "leave pairs out"),
-        ({"kind": "logprobs", "opponents": 2}, "'opponents' is no key of kind=logprobs; it is one of kind=pairwise"),
-        ({"kind": "logprobs", "against": "other"}, "'against' is no key of kind=logprobs; it is one of kind=pairwise"),
+        ({"kind": "logprobs", "opponents": 2}, "'opponents' is not a key of kind=logprobs; it is one of kind=pairwise"),
+        (
+            {"kind": "logprobs", "against": "other"},
+            "'against' is not a key of kind=logprobs; it is one of kind=pairwise",
+        ),
     ],
 )
 def test_keys_that_do_not_fit(change, message):

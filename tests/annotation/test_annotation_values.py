@@ -152,5 +152,5 @@ def test_what_is_no_critic_is_refused(tmp_path, models):
     settings = {"rollouts": rollouts.path, "output": tmp_path / "scores", "kind": "values"}
     with pytest.raises(UserError, match="kind=values needs model=DIRECTORY"):
         validate(ScoreConfig, settings, "test")
-    with pytest.raises(UserError, match="is no key of kind=values; it is one of kind="):
+    with pytest.raises(UserError, match="is not a key of kind=values; it is one of kind="):
         validate(ScoreConfig, settings | {"model": models["reward"], "missing_eos_penalty": 1.0}, "test")

@@ -258,7 +258,7 @@ def test_any_column_can_be_named() -> None:
         ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "arguments"),
         ({"messages": [user("a")], "tools": "no JSON"}, "'tools'.*JSON"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1.*no content"),
-        ({"messages": str([user("a")])}, "'messages'.*no JSON.*json.dumps"),
+        ({"messages": str([user("a")])}, "'messages'.*not valid JSON.*json.dumps"),
         ({"messages": [{"role": "system", "content": "s"}, user("a")], "system": "t"}, "system: null"),
         ({"prompt": "a", "system": {"x": 1}}, "'system'.*system: null"),
         ({"question": "a", "answer": float("nan")}, "answer is nan"),

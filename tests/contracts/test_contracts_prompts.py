@@ -188,7 +188,7 @@ def test_the_same_command_again_reuses(tmp_path: Path) -> None:
         (['{"prompt": "a", "rm": {"gold": 1}}'], ["columns={answer: rm.glod}"], ["'rm.glod'", "mean 'rm.gold'"]),
         (['{"prompt": "a", "answer": null}'], ["answer_column=answer"], ["none of its 1 rows has a value"]),
         (['{"prompt": "a"}'], ["column=prompt", "columns={prompt: text}"], ["column and columns.prompt"]),
-        (['{"prompt": "a"}'], ["columns={promt: text}"], ["columns: 'promt' is no name"]),
+        (['{"prompt": "a"}'], ["columns={promt: text}"], ["columns: 'promt' is not a name"]),
         (['{"prompt": "a"}'], ["split=test"], ["data.jsonl is one file", "Remove split"]),
         (['{"prompt": "a", "answer": "\\ud83d"}'], [], ["line 1", "surrogate", "Remove"]),
     ],

@@ -79,7 +79,7 @@ def test_damage_and_other_formats_are_told(tmp_path: Path, name: str, content: b
 
 def test_a_damaged_shard_that_is_kept_compressed(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.jsonl.gz").write_bytes(gzip.compress(b'{"role": "user", "content": "a"}\n' * 9999)[:-50])
-    with pytest.raises(UserError, match=r"shard-00000.jsonl.gz is cut off or damaged.*make it again"):
+    with pytest.raises(UserError, match=r"shard-00000.jsonl.gz is cut off or damaged.*recompute it"):
         list(read_jsonl(tmp_path / "shard-00000.jsonl", Message))
 
 

@@ -111,7 +111,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run smallest.yaml scorers.gold.inputs=[nowhere.json]", "nowhere.json does not exist"),
         (
             "run smallest.yaml scorers.reward.inputs=[rules.py]",
-            "is no key of kind=reward_model; it is one of kind=rule",
+            "is not a key of kind=reward_model; it is one of kind=rule",
         ),
         ("run smallest.yaml scorers.gold.seconds_per_sample=0", "seconds_per_sample"),
         ("run smallest.yaml reward_model.label=silver", "silver"),

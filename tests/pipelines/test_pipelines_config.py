@@ -309,7 +309,7 @@ def test_every_number_in_a_configuration_has_limits() -> None:
         ("name=my run", "'name' is 'my run': write a letter or a digit, then also ., _ and -, at most 100 in all."),
         (
             'hooks={"my hook": {function: hooks.py:note}}',
-            "hooks: 'my hook' is no name: write a letter, then letters, digits, _ and -, at most 50 in all.",
+            "hooks: 'my hook' is not a name: write a letter, then letters, digits, _ and -, at most 50 in all.",
         ),
         ("date=tomorrow", "'date' is 'tomorrow': write a day like 2025-07-31."),
     ],

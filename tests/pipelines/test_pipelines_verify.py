@@ -170,7 +170,7 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     ),
     "a pipe in place of a file": (
         lambda run: replace_by_pipe(run.path / "iteration-001/generation/shard-00000.jsonl"),
-        "shard-00000.jsonl: it is no regular file",
+        "shard-00000.jsonl: it is not a regular file",
     ),
     "missing file": (
         lambda run: (run.path / "iteration-001/pairs/train.parquet").unlink(),

@@ -237,7 +237,7 @@ def test_layers_that_flat_batches_are_wrong_with() -> None:
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "encoder"),
-        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "other inputs than text"),
+        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "inputs other than text"),
         *(({"model_type": kind}, reason) for kind, reason in REFUSED.items()),
     ],
 )

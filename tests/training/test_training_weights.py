@@ -90,7 +90,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "no index": (shards(lambda model: (model / "model.safetensors.index.json").unlink()), "has neither"),
     "a broken index": (
-        shards(lambda model: (model / "model.safetensors.index.json").write_text("[]")), "is no index",
+        shards(lambda model: (model / "model.safetensors.index.json").write_text("[]")), "is not an index",
     ),
     "in two files": (shards(twice), "holds .* twice"),
     "in another file": (shards(elsewhere), f"says that {PROJECTION} is in .*, which does not hold it"),
@@ -106,7 +106,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "a size that is no number": (config(hidden_size="64"), "configuration of .*'hidden_size' expected int"),
     "no heads": (config(num_attention_heads=0), "cannot (read|make) the "),
     "a context that is no number": (
-        config(max_position_embeddings="512"), "max_position_embeddings in .* is '512', which is no whole number",
+        config(max_position_embeddings="512"), "max_position_embeddings in .* is '512', which is not a whole number",
     ),
     "no class": (config(architectures=None), "does not say which class its weights are of: .* is None"),
     "a pointer of Git LFS": (
