@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def require_pooling(model: ModelInfo, what: str) -> None:
             "scorer names another one; to run the stage alone, use that environment's Python (pipeline env python "
             "generation)."
         )
-    if model.architecture.replace("ForSequenceClassification", "ForCausalLM") not in known:
+    if re.sub("For(Sequence|Token)Classification$", "ForCausalLM", model.architecture) not in known:
         raise UserError(
             f"the installed vLLM cannot compute {model.path}, a {model.architecture}, as {what}. Set "
             "engine=transformers."

@@ -1,4 +1,5 @@
-"""Runs reward models and pairwise models on vLLM's pooling engine, after a check that it agrees with transformers."""
+"""Runs reward, pairwise and process reward models on vLLM's pooling engine, after a check that it agrees with
+transformers."""
 
 import functools
 import gc
@@ -16,12 +17,14 @@ from transformers import AutoConfig
 from annotation.models.comparisons import Opponents
 from annotation.models.loading import accelerators, load_model
 from annotation.models.pairwise import PairwiseModel
+from annotation.models.process_reward import ProcessRewardModel, own_log_odds
 from annotation.models.reader import HALF_TOLERANCE, ModelReader, Numbers
 from annotation.models.reward_model import RewardModel, own_rewards
 from annotation.samples import Sample
 from annotation.scorers.base import ModelSettings
 from annotation.scorers.pairwise import PairwiseConfig
 from annotation.scorers.pooling import MAX_SEQUENCES, MIN_CACHE, PooledSettings, cache_bytes
+from annotation.scorers.process_reward import ProcessRewardConfig
 from annotation.scorers.reward_model import RewardModelConfig
 from contracts.architectures import context_switch, text_settings
 from contracts.attempt import beat
@@ -29,10 +32,11 @@ from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
 from contracts.faults import Fault
 from contracts.model_size import size_from_config
+from contracts.models import PROCESS_MODEL
 from contracts.pairwise import PairwiseChat
 from contracts.records import Message, Score
 from modeling.heads import logit_scaling
-from modeling.loading import load_causal, load_classifier
+from modeling.loading import load_causal, load_classifier, load_token_classifier
 from modeling.logprobs import PLAIN
 from modeling.rows import Row
 from modeling.vllm_process import CPU_STEP, beat_with_every_step, set_environment
@@ -56,7 +60,7 @@ class _Pooled(ModelReader):
         return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """The numbers of all rows' responses: rewards, or log p(A) - log p(B) for the token after each."""
+        """The numbers of all rows' responses, as the reader for transformers has them."""
         return self.engine.read(rows)
 
 
@@ -91,6 +95,27 @@ class PooledPairwiseModel(_Pooled, PairwiseModel):
         self.facts = self.engine.facts
 
 
+class PooledProcessRewardModel(_Pooled, ProcessRewardModel):
+    """A `ProcessRewardModel` whose scores are computed by vLLM, which returns the numbers at every token."""
+
+    def __init__(self, config: ProcessRewardConfig, longest: int | None) -> None:
+        assert config.model is not None
+        self.path, self.longest, self.budget, self.counts = config.model, longest, config.batch_tokens, {}
+        self.open_tokenizers(config)
+        probe = self.steps.chat.conversation(CONVERSATION)
+        if config.loaded_as() == "causal":
+            labels = self.steps.label_ids
+            names = self.steps.chat.tokenizer.convert_ids_to_tokens([*labels])
+            overrides = {"method": "from_2_way_softmax", "classifier_from_token": names}  # second minus first
+            numbers = functools.partial(own_log_odds, labels)
+            spec = _ModelSpec(_load_plain, numbers, probe, overrides, per_token=True)
+        else:
+            numbers = functools.partial(own_log_odds, (0, 1))
+            spec = _ModelSpec(load_token_classifier, numbers, probe, {}, per_token=True)
+        self.engine = PoolingEngine(config, longest, spec)
+        self.facts = self.engine.facts
+
+
 def open_reward_model(config: RewardModelConfig, longest: int | None) -> RewardModel:
     """Open a reward model on the configured engine."""
     return (PooledRewardModel if config.engine == "vllm" else RewardModel)(config, longest)
@@ -101,20 +126,27 @@ def open_pairwise(config: PairwiseConfig, longest: int | None) -> PairwiseModel:
     return (PooledPairwiseModel if config.engine == "vllm" else PairwiseModel)(config, longest)
 
 
+def open_process_reward(config: ProcessRewardConfig, longest: int | None) -> ProcessRewardModel:
+    """Open a process reward model on the configured engine."""
+    return (PooledProcessRewardModel if config.engine == "vllm" else ProcessRewardModel)(config, longest)
+
+
 class _ModelSpec(NamedTuple):
-    """How transformers computes a model's number for a sequence, and what vLLM needs to compute the same."""
+    """How transformers computes a model's numbers for a sequence, and what vLLM needs to compute the same."""
 
     load: Callable[[Path, torch.dtype], Any]
     numbers: Callable[[Any, list[list[int]]], list[float]]
-    """Function of the model and token sequences, which returns one number per sequence."""
+    """Function of the model and token sequences, which returns one number per sequence, or per token of each."""
     probes: list[int]
     """A typical input, for the parity check."""
     overrides: dict[str, Any]
     """vLLM's `hf_overrides` of the model's configuration."""
+    per_token: bool = False
+    """Whether the model computes a number for each token."""
 
 
 class PoolingEngine:
-    """vLLM with a model that computes one number per sequence, checked against transformers when it is opened.
+    """vLLM with a model that computes one number per sequence or token, checked against transformers when it is opened.
 
     The sequences of a shard are passed to the engine in a fixed order, and its prefix cache is reset before each shard,
     so that results do not depend on what was computed before.
@@ -132,7 +164,7 @@ class PoolingEngine:
                 "engine=vllm takes the first device that a process sees, so a launcher's processes would share one. "
                 "Set replicas=N instead of starting them with a launcher."
             )
-        self.path = config.model
+        self.path, self.per_token = config.model, spec.per_token
         probes = [sequence[:longest] for sequence in (*self._random_sequences(), spec.probes)]
         expected, dtype = _reference_numbers(config, probes, spec)
         self._open(config, _arguments(config, longest, dtype, spec.overrides), dtype)
@@ -147,14 +179,22 @@ class PoolingEngine:
         """The numbers of all rows' responses."""
         sequences = [[*row.prompt.tolist(), *response.ids.tolist()] for row in rows for response in row.responses]
         numbers = iter(self.numbers(sequences))
-        return [[[next(numbers)] for _ in row.responses] for row in rows]
+        return [[next(numbers)[self._first(row) :] for _ in row.responses] for row in rows]
 
-    def numbers(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The numbers of whole sequences."""
+    def _first(self, row: Row) -> int:
+        """Index of a response's first number among those of its sequence."""
+        return len(row.prompt) if self.per_token else 0
+
+    def numbers(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """The numbers of whole sequences: one for each, or one for each of its tokens."""
         params = self._pooling_params(use_activation=False)  # by default it puts a sigmoid behind the head
         prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
-        outputs = self.llm.classify(prompts, pooling_params=params, use_tqdm=False)
-        return [float(output.outputs.probs[0]) for output in outputs]
+        if not self.per_token:
+            outputs = self.llm.classify(prompts, pooling_params=params, use_tqdm=False)
+            return [[float(output.outputs.probs[0])] for output in outputs]
+        outputs = self.llm.encode(prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False)
+        labels = [output.outputs.data.float() for output in outputs]  # one column for a difference, or two
+        return [(each[:, -1] - each[:, 0] if each.shape[1] == 2 else each[:, 0]).tolist() for each in labels]
 
     def _random_sequences(self) -> list[list[int]]:
         """Sequences of random tokens, of the lengths in `PROBE_LENGTHS`."""
@@ -171,6 +211,8 @@ class PoolingEngine:
             import vllm
 
             self._pooling_params: Any = vllm.PoolingParams
+            if self.per_token:
+                arguments |= {"pooler_config": vllm.config.PoolerConfig(task="token_classify", tok_pooling_type="ALL")}
             try:
                 self.llm: Any = vllm.LLM(**arguments)
             except torch.OutOfMemoryError:
@@ -188,15 +230,20 @@ class PoolingEngine:
             "engine_version": str(vllm.__version__),
         }
 
-    def _require_parity(self, probes: list[list[int]], expected: list[float], dtype: str) -> None:
+    def _require_parity(self, probes: list[list[int]], expected: list[list[float]], dtype: str) -> None:
         """Compare the engine's results with those of transformers.
 
         Raises:
             UserError: a result differs by more than the tolerance.
         """
         found = self.numbers(probes)
-        allowed = (TOLERANCE if dtype == "float32" else HALF_TOLERANCE) * max(1.0, *map(abs, expected))
-        pairs = zip(probes, found, expected, strict=True)
+        largest = max(abs(number) for numbers in expected for number in numbers)
+        allowed = (TOLERANCE if dtype == "float32" else HALF_TOLERANCE) * max(1.0, largest)
+        pairs = [
+            (sequence, *numbers)
+            for sequence, *both in zip(probes, found, expected, strict=True)
+            for numbers in zip(*both, strict=True)
+        ]
         sequence, one, other = max(pairs, key=lambda each: _distance(each[1], each[2]))
         if not _distance(one, other) <= allowed:
             raise UserError(
@@ -208,13 +255,15 @@ class PoolingEngine:
 
 
 @torch.inference_mode()
-def _reference_numbers(config: ModelSettings, sequences: list[list[int]], spec: _ModelSpec) -> tuple[list[float], str]:
-    """The model's number for each sequence, computed one at a time, and its dtype; the model is freed afterwards."""
+def _reference_numbers(
+    config: ModelSettings, sequences: list[list[int]], spec: _ModelSpec
+) -> tuple[list[list[float]], str]:
+    """The model's numbers for each sequence, computed one at a time, and its dtype; the model is freed afterwards."""
     model = load_model(config, spec.load)
     numbers = []
     for sequence in sequences:
         beat()
-        numbers += spec.numbers(model, [sequence])
+        numbers.append(spec.numbers(model, [sequence]))
     dtype = str(model.dtype).removeprefix("torch.")
     del model
     gc.collect()
@@ -255,7 +304,7 @@ def _arguments(config: PooledSettings, longest: int | None, dtype: str, override
     arguments: dict[str, Any] = {
         "model": str(config.model),
         "runner": "pooling",
-        "convert": "classify",
+        "convert": "none" if PROCESS_MODEL in settings.get("architectures", []) else "classify",
         "dtype": dtype,
         "max_num_seqs": MAX_SEQUENCES,
         "max_num_batched_tokens": config.batch_tokens,

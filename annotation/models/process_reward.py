@@ -48,10 +48,7 @@ class ProcessRewardModel(ModelReader):
     per_token: ClassVar[bool] = True
 
     def __init__(self, config: ProcessRewardConfig, longest: int | None) -> None:
-        self.config = config
-        self.steps = StepChat(config, config.date)
-        self.policy = PolicyTokens(ChatTokenizer(config.tokenizer) if config.tokenizer else self.steps.chat)
-        _ = self.steps.inserted_token  # raises an error if there is no such token
+        self.open_tokenizers(config)
         is_causal = config.loaded_as() == "causal"
         super().__init__(config, longest, load_causal if is_causal else load_token_classifier)
         self.labels: list[int] | None = None
@@ -59,6 +56,17 @@ class ProcessRewardModel(ModelReader):
             self.labels = list(self.steps.label_ids)
             self.scaling = logit_scaling(self.model)
         self.share_prompts()
+
+    def open_tokenizers(self, config: ProcessRewardConfig) -> None:
+        """Open the tokenizers of the model and of the policy.
+
+        Raises:
+            UserError: marker or labels are not single tokens of the model.
+        """
+        self.config = config
+        self.steps = StepChat(config, config.date)
+        self.policy = PolicyTokens(ChatTokenizer(config.tokenizer) if config.tokenizer else self.steps.chat)
+        _ = self.steps.inserted_token
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
         """One score per sample, with the scores of its steps.
@@ -150,6 +158,16 @@ class ProcessRewardModel(ModelReader):
             logits_N2 = scale_logits(linear.float(), self.scaling)
         odds: list[float] = (logits_N2[:, 1] - logits_N2[:, 0]).tolist()
         return odds
+
+
+def own_log_odds(labels: tuple[int, int], model: Any, sequences: list[list[int]]) -> list[float]:
+    """The log-odds of the second label against the first at each token of each sequence, from the model's own forward
+    pass."""
+    found: list[float] = []
+    for ids in sequences:
+        logits_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+        found += (logits_TV[:, labels[1]] - logits_TV[:, labels[0]]).tolist()
+    return found
 
 
 def _sigmoid(number: float) -> float:

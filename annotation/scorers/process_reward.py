@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from annotation.scorers.base import ChatModelSettings, ChatScoreConfig, RewardScorerSettings
+from annotation.scorers.base import ChatScoreConfig, RewardScorerSettings
+from annotation.scorers.pooling import PooledSettings
 from contracts.artifacts import Artifact
 from contracts.config import identity, input_path
 from contracts.declaration import load
@@ -40,7 +41,7 @@ def _require_steps(model: ModelInfo) -> None:
         )
 
 
-class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
+class ProcessRewardSettings(RewardScorerSettings, PooledSettings):
     """Settings of a process reward model."""
 
     kind: Literal["process_reward"] = identity()
@@ -70,7 +71,8 @@ class ProcessRewardSettings(RewardScorerSettings, ChatModelSettings):
     """Directory of the policy's tokenizer, to locate the last tokens of steps. In a run it is the policy's; by default
     the model's own, if the policy has the same."""
 
-    reader: ClassVar[str] = "annotation.models.process_reward:ProcessRewardModel"
+    reader: ClassVar[str] = "annotation.models.pooled:open_process_reward"
+    pooled_as: ClassVar[str] = "a process reward model"
     checks: ClassVar[tuple[Callable[[ModelInfo], None], ...]] = (_require_steps, ModelInfo.require_chat_template)
     keyed_with_legacy_fields: ClassVar[bool] = False
     rewards_tokens: ClassVar[bool] = True

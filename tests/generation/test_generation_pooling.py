@@ -6,10 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from byte_level import write_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import annotation.models.pooled
 from annotation.models.loading import open_model
@@ -23,6 +29,7 @@ from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
 from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Score
+from modeling.loading import Qwen2ForProcessRewardModel
 
 pytestmark = pytest.mark.slow
 TEXTS = ["", "It is Paris.", "Ça va? 🧑‍🚀 好的", "The capital of France is Paris. " * 6, "I do not know.\n\nReally."]
@@ -136,6 +143,65 @@ def test_a_pairwise_model_of_which_vllm_would_make_something_else_is_refused(tmp
             opened(tmp_path, path, kind="pairwise")
 
 
+STEPS = ["One.\n\nTwo is more.\n\nThree.", "Ça va? 🧑‍🚀\n\n好的", "I do not know.", "a\n\n" * 5 + "b"]
+PROCESS = {
+    "llama, its tokens": ("llama", AutoModelForCausalLM, {"marker": "\n"}),
+    "qwen2, tied": ("qwen2", AutoModelForCausalLM, {"layout": "turns"}),
+    "qwen3, labels": ("qwen3", AutoModelForTokenClassification, {"marker": "\n"}),
+    "Qwen2.5-Math-PRM": ("qwen2", Qwen2ForProcessRewardModel, {"marker": "\n", "differences": True}),
+}
+
+
+@pytest.mark.parametrize("which", PROCESS)
+def test_a_process_reward_model_says_what_it_says_in_transformers(tmp_path: Path, which: str) -> None:
+    """Of every step, for prompts that several responses share."""
+    model_type, head, keys = PROCESS[which]
+    changes = {"num_labels": 2, "tie_word_embeddings": "tied" in which}
+    path = reward_model(tmp_path / "model", model_type, head, **changes)
+    tokenizer = ChatTokenizer(path).tokenizer
+    samples = []
+    for number in range(4):
+        asked = rollout(number)
+        ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in STEPS]
+        answers = tuple(
+            Completion(sample, ids[sample], text, "length", (), None, None) for sample, text in enumerate(STEPS)
+        )
+        samples += [Sample(msgspec.structs.replace(asked, completions=answers), one) for one in answers]
+    scorer = opened(tmp_path, path, kind="process_reward", **keys)
+    found = scorer(samples)
+    plain = opened(tmp_path, path, kind="process_reward", engine="transformers", **keys)
+    for one, other in zip(found, plain(samples), strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-4)
+        assert one.extras["step_scores"] == pytest.approx(other.extras["step_scores"], abs=1e-4)
+        assert one.token_rewards == pytest.approx(other.token_rewards, abs=1e-4)
+    assert [len(score.extras["step_scores"]) for score in found[:4]] == [3, 2, 1, 6]
+    assert len({round(score.score, 3) for score in found}) > 10
+    assert scorer(samples) == found
+    assert scorer(samples[:5]) == found[:5]
+    assert scorer.counts["steps"] > 0
+    assert scorer.facts["engine"] == "vllm"
+    assert float(scorer.facts["engine_difference"]) < 1e-4
+
+
+def test_a_process_reward_model_that_vllm_makes_something_else_of_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """At every token, not the last alone."""
+    path = reward_model(tmp_path / "model", "qwen2", AutoModelForTokenClassification, num_labels=2)
+    own = annotation.models.pooled.own_log_odds
+
+    def others(labels, model, sequences):
+        first, *rest = own(labels, model, sequences)
+        return [2 + first, *rest]
+
+    monkeypatch.setattr(annotation.models.pooled, "own_log_odds", others)
+    with pytest.raises(UserError, match=r"vLLM \S+ gives \S+ for a sequence of \d+ tokens that transformers gives \S+"):
+        opened(tmp_path, path, kind="process_reward", marker="\n")
+    gpt = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=1, n_positions=512, vocab_size=420, num_labels=2)
+    AutoModelForTokenClassification.from_config(gpt).save_pretrained(tmp_path / "gpt")
+    write_tokenizer(tmp_path / "gpt")
+    with pytest.raises(UserError, match=r"cannot compute .* as a process reward model\. Set engine=transformers"):
+        config_of(tmp_path, tmp_path / "gpt", kind="process_reward", marker="\n").check()
+
+
 def test_an_architecture_that_vllm_makes_no_classifier_of_is_told(tmp_path: Path) -> None:
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=1, n_positions=512, vocab_size=420)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt")
@@ -202,7 +268,7 @@ def test_heads_that_vllm_cannot_compute_on_a_cpu_are_told(tmp_path: Path) -> Non
         pytest.skip("vLLM for GPUs")
     narrow = reward_model(tmp_path / "narrow", "qwen3", head_dim=16)
     with pytest.raises(UserError, match=r"heads of width 16 .* only 32, 64, .*Set engine=transformers"):
-        config_of(tmp_path, narrow).examine()
+        config_of(tmp_path, narrow).check()
 
 
 def test_what_vllm_cannot_compute_is_told(tmp_path: Path, qwen: Path) -> None:
@@ -212,9 +278,9 @@ def test_what_vllm_cannot_compute_is_told(tmp_path: Path, qwen: Path) -> None:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(bloom)
     write_tokenizer(bloom)
     with pytest.raises(UserError, match=r"cannot compute .* as a reward model\. Set engine=transformers"):
-        config_of(tmp_path, bloom).examine()
+        config_of(tmp_path, bloom).check()
     with pytest.raises(UserError, match="no engine argument of this name"):
-        config_of(tmp_path, qwen, engine_args={"enforce_eagr": True}).examine()
+        config_of(tmp_path, qwen, engine_args={"enforce_eagr": True}).check()
     with pytest.raises(UserError, match="max_model_len cannot be set here: set `max_length`"):
         config_of(tmp_path, qwen, engine_args={"max_model_len": 9})
     assert config_of(tmp_path, qwen).runs_in == "generation"
