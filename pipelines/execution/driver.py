@@ -114,12 +114,12 @@ class Driver:
                     raise KeyboardInterrupt
                 self.start_ready()
                 # Before `collect_ended`: if one of these ends from here on, the wait below returns at once.
-                at_work = [running.job.pid for running in self.running.values() if not running.job.ended()]
+                pids = [running.job.pid for running in self.running.values() if not running.job.ended()]
                 before = len(self.running)
                 self.collect_ended()
                 self.notify()
                 if len(self.running) == before:
-                    wait_for_end(filter(None, at_work), POLL_SECONDS)
+                    wait_for_end(filter(None, pids), POLL_SECONDS)
         finally:
             self.end_running()
             for executor in self.executors.created():
@@ -138,29 +138,29 @@ class Driver:
         """
         if self.rolled_back:
             return  # they may read artifacts that will be replaced
-        turn = Admission(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
+        admission = Admission(self.cluster, filter(None, (running.node.placement for running in self.running.values())))
         awaited = {path for running in self.running.values() for path in running.decision.follows}
         for node in sorted(self.order, key=lambda node: str(node.output) not in awaited):
             if node.name in self.published or node.name in self.running or not self.may_start(node):
                 continue
             assert node.placement is not None
-            if turn.admits(node.placement):
+            if admission.admits(node.placement):
                 self.reuse_or_start(node)
                 if node.name not in self.running:
-                    turn.release(node.placement)
+                    admission.release(node.placement)
                 if node.name in self.published and self.apply_gate(node):
                     return  # the order of stages has changed
         if self.config.placement.streaming:
-            self.start_followers(turn)
+            self.start_followers(admission)
 
-    def start_followers(self, turn: Admission) -> None:
+    def start_followers(self, admission: Admission) -> None:
         """Start stages on the shards that an input's maker has finished, on devices that no other stage can use now."""
         for node in self.order:
             if node.name in self.published or node.name in self.running or self.lifecycle.retries.waits(node.name):
                 continue
             maker = self.maker_to_follow(node)
             assert node.placement is not None
-            if maker is not None and turn.admits(node.placement):
+            if maker is not None and admission.admits(node.placement):
                 decision = self.lifecycle.follow(node, maker.node, maker.decision)
                 self.lifecycle.act(node, decision)
                 self.start(node, decision)

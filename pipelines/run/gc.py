@@ -64,7 +64,7 @@ def collect(
             freed += size
         echo(console, f"{step.verb:<8} {name}  {format_megabytes(size)}  ({step.reason})")
     if dry_run:
-        more = f", and what compression saves of {format_megabytes(packed)}" if packed else ""
+        more = f", plus what compressing {format_megabytes(packed)} saves" if packed else ""
         echo(console, f"{format_megabytes(freed)} would be freed{more}. Nothing was changed.")
     else:
         echo(console, f"{format_megabytes(freed)} were freed.")

@@ -66,9 +66,9 @@ def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str
     """The training stages whose checkpoints have to be pushed to the Hub and are not recorded as pushed."""
     if hub is None or hub.model is None:
         return set()
-    there = pushed_to_hub(run.events())
+    pushed = pushed_to_hub(run.events())
     trained = [node for node in graph.nodes.values() if node.role == "training"]
-    return {node.name for node in trained if (hub.model, tag_of(node.iteration or 0)) not in there}
+    return {node.name for node in trained if (hub.model, tag_of(node.iteration or 0)) not in pushed}
 
 
 def why_kept(

@@ -78,7 +78,7 @@ def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:
     also = f"; {under_way} under way already" if len(to_run) > len(new) else ""
     echo(
         console,
-        f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. Nothing of it runs here. "
+        f"{len(new)} of {len(graph.nodes)} stages submitted as {count}{also}. No process stays here. "
         f"Follow it with `pipeline status {run.path}`, `attach`, `logs` or `cancel`.",
     )
 
@@ -252,8 +252,8 @@ def _published(context: JobContext, decision: Decision) -> int:
         print(f"stopped: {decided.reason}", file=sys.stderr)
         return RunStoppedError.exit_code
     site = context.site
-    goes_on = not (site.run.path / CANCEL).exists()
-    if goes_on and any(gate.do == "rollback" for gate in site.config.gates.values()):
+    continues = not (site.run.path / CANCEL).exists()
+    if continues and any(gate.do == "rollback" for gate in site.config.gates.values()):
         submit_missing(site, verdicts(site.graph, site.config, []), end_unknown(site.run.path))
     return 0
 
@@ -285,11 +285,11 @@ def _retry(context: JobContext) -> int:
     print(f"stage {node.name} {ending.how} Retrying in {pause:.0f} s.")
     latest = run.attempts(node.name)[-1]
     if latest == attempt or jobs_of(latest) is None:  # otherwise this job was killed after submitting, and restarted
-        following = run.new_attempt(node.name)
-        (following / RETRY_MARK).touch()
-        request_for(node, following, context.site)
-        jobs = submit(node, following, context.site, detached=True, pause=pause)
-        run.record(StageSubmitted(stage=node.name, attempt=following.name, jobs=jobs.ids))
+        next_attempt = run.new_attempt(node.name)
+        (next_attempt / RETRY_MARK).touch()
+        request_for(node, next_attempt, context.site)
+        jobs = submit(node, next_attempt, context.site, detached=True, pause=pause)
+        run.record(StageSubmitted(stage=node.name, attempt=next_attempt.name, jobs=jobs.ids))
     queue = scheduler.queue(run.path)
     live, pending = {job.base for job in queue}, {job.base for job in queue if job.state == "PENDING"}
     for later in context.site.graph.nodes.values():
