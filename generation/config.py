@@ -204,8 +204,8 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
             raise ValueError(f"temperatures {self.temperatures} must be 0 (greedy) or at least {MINIMUM_TEMPERATURE}.")
         if max(self.temperatures) > MAXIMUM_TEMPERATURE:
             raise ValueError(
-                f"temperatures {self.temperatures}: above {MAXIMUM_TEMPERATURE:g} all tokens are about as likely, and "
-                "answers are noise. Most use 0.6 to 1.2."
+                f"temperatures {self.temperatures}: above {MAXIMUM_TEMPERATURE:g} all tokens are almost equally "
+                "likely, and answers are noise. Usual values are 0.6 to 1.2."
             )
         if 0 in self.temperatures and self.k > len(self.temperatures):
             raise ValueError(
@@ -218,7 +218,7 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
             )
         if self.guided is not None and self.logprob_mode == "raw":
             raise ValueError(
-                "guided with logprob_mode=raw: vLLM takes tokens out before it computes the model's own "
+                "guided with logprob_mode=raw: vLLM masks tokens before it computes the model's own "
                 "log-probabilities. Set logprob_mode=processed."
             )
         alone = {"guided": self.guided, "thinking": self.thinking, "engine_args": self.engine_args}
@@ -226,7 +226,7 @@ class GenerationConfig(GenerationSettings, ChatFields, StageConfig):
             raise ValueError(f"{asked[0]} is for engine=vllm; engine={self.engine} does not support it. Leave it out.")
         if self.engine == "vllm" and max(self.temperatures) > VLLM_MAXIMUM:
             raise ValueError(
-                f"temperatures {self.temperatures}: vLLM takes none above {VLLM_MAXIMUM:g}. Lower it, or set "
+                f"temperatures {self.temperatures}: vLLM accepts none above {VLLM_MAXIMUM:g}. Lower it, or set "
                 "engine=transformers."
             )
         if self.servers and (self.engine != "vllm" or self.replicas > 1):

@@ -186,7 +186,7 @@ def _completions(
         if isinstance(group, Fault):
             raise group.error
         if len(group) != request.n:
-            raise RuntimeError(f"{request.n} answers were asked for, but the engine gave {len(group)}")
+            raise RuntimeError(f"{request.n} answers were requested, but the engine returned {len(group)}")
         for answer in group:
             check_answer(answer, request.sampling.max_tokens, tokenizer.stop_ids)
             completions.append(
@@ -224,7 +224,7 @@ def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> No
     stops = [position for position, token in enumerate(ids) if token in stop_ids]
     expected = [len(ids) - 1] if answer.finish_reason == "stop" else []
     problems = {
-        f"{len(ids)} tokens where 1 to {max_tokens} were asked for": not 1 <= len(ids) <= max_tokens,
+        f"{len(ids)} tokens instead of 1 to {max_tokens}": not 1 <= len(ids) <= max_tokens,
         f"finish_reason {answer.finish_reason!r} is none of {', '.join(REASONS)}": answer.finish_reason not in REASONS,
         f"finish_reason is {answer.finish_reason!r}, but stop tokens are at {stops} of {len(ids)}": stops != expected,
         f"truncated after {len(ids)} of {max_tokens} tokens": answer.finish_reason == "length"
@@ -239,7 +239,7 @@ def check_answer(answer: Answer, max_tokens: int, stop_ids: Sequence[int]) -> No
         ),
     }
     if found := [problem for problem, present in problems.items() if present]:
-        raise RuntimeError(f"the engine gave an inconsistent answer (seed {answer.seed}): {'; '.join(found)}")
+        raise RuntimeError(f"the engine returned an inconsistent answer (seed {answer.seed}): {'; '.join(found)}")
 
 
 def shard_facts(rollouts: Sequence[Rollout]) -> dict[str, int]:

@@ -92,8 +92,8 @@ class TrainingSettings(Section):
     def _check_rate(self) -> Self:
         if self.optimizer == "adamw" and self.learning_rate > 1:
             raise ValueError(
-                f"learning_rate is {self.learning_rate:g}: AdamW moves every weight by about as much in a step, so no "
-                "model survives more than 1. Preference learning takes 1e-7 to 1e-5, the other trainings up to 1e-3."
+                f"learning_rate is {self.learning_rate:g}: AdamW changes every weight by about that much per step, so "
+                "no model survives more than 1. Usual values are 1e-7 to 1e-5 for preferences, up to 1e-3 otherwise."
             )
         return self
 
@@ -110,7 +110,7 @@ class TrainingSettings(Section):
         if self.lora is not None and self.frozen:
             raise ValueError("frozen is for training the weights themselves; with lora only adapters are trained.")
         if self.lora is not None and self.parallel.tp > 1:
-            raise ValueError(f"lora with parallel.tp={self.parallel.tp}: adapters are not divided. Set tp to 1.")
+            raise ValueError(f"lora with parallel.tp={self.parallel.tp}: adapters are not sharded. Set tp to 1.")
         return self
 
 

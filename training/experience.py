@@ -95,10 +95,10 @@ def require_valid(
     if not isinstance(found, algorithm.Advantages):
         raise UserError(f"{what} returned {type(found).__name__}; it must return training.algorithm.Advantages.")
     if (found.returns is None) != ("values" not in description.needs):
-        has, wants = ("no", "a critic") if found.returns is None else ("some", "no critic")
+        has, contain = ("no `returns`", "contain") if found.returns is None else ("`returns`", "do not contain")
         raise UserError(
-            f"{what} gave {has} returns, but its NEEDS say that it has {wants}. Returns are what a critic learns: give "
-            'them exactly where NEEDS holds "values".'
+            f'{what} returned {has}, but NEEDS {contain} "values". Returns are the targets of a critic: give them if '
+            'and only if NEEDS contain "values".'
         )
     tokens, samples = experience.behaviour.shape, experience.lengths.shape
     for name, shape in (("advantages", tokens), ("returns", tokens), ("keep", samples)):
@@ -106,17 +106,17 @@ def require_valid(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise UserError(f"{what} gave {name} of shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
+            raise UserError(f"{what} returned {name} of shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
         if name == "keep":
             if tensor.dtype != torch.bool:
-                raise UserError(f"{what} gave keep of {tensor.dtype}; it must be booleans, one for each response.")
+                raise UserError(f"{what} returned keep of {tensor.dtype}; it must be booleans, one for each response.")
         elif not bool(torch.isfinite(tensor).all()):
             position = int((~torch.isfinite(tensor)).nonzero()[0])
             number = int(experience.response_of_token[position])
             raise UserError(
-                f"{what} gave {name} that are not finite, first {tensor[position].item()} for a token of response "
-                f"{number}, whose reward is {experience.rewards[number].item():g}. Look for a division by zero, as by "
-                "the standard deviation of equal rewards."
+                f"{what} returned {name} that are not finite, first {tensor[position].item()} for a token of response "
+                f"{number}, whose reward is {experience.rewards[number].item():g}. Look for a division by zero, for "
+                "example by the standard deviation of equal rewards."
             )
 
 

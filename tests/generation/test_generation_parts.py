@@ -202,8 +202,8 @@ def test_consistent_answers_pass() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"response_ids": (), "logprobs": ()}, "0 tokens where 1 to 3"),
-        ({"response_ids": (7, 8, 9, 2), "logprobs": (-1.0,) * 4}, "4 tokens where 1 to 3"),
+        ({"response_ids": (), "logprobs": ()}, "0 tokens instead of 1 to 3"),
+        ({"response_ids": (7, 8, 9, 2), "logprobs": (-1.0,) * 4}, "4 tokens instead of 1 to 3"),
         ({"response_ids": (7, 8, 9)}, "stop tokens are at \\[\\] of 3"),
         ({"response_ids": (7, 2, 2)}, "stop tokens are at \\[1, 2\\] of 3"),
         ({"finish_reason": "length"}, "stop tokens are at \\[2\\] of 3"),

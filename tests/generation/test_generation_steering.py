@@ -232,7 +232,7 @@ def config(**values: Any) -> GenerationConfig:
         ({"guided": {"regex": "a"}, "engine": "transformers"}, "guided is for engine=vllm"),
         ({"thinking": {"tokens": 5}, "engine": "transformers"}, "thinking is for engine=vllm"),
         ({"engine_args": {"enforce_eager": True}, "engine": "transformers"}, "engine_args is for engine=vllm"),
-        ({"temperatures": [2.5]}, "vLLM takes none above 2"),
+        ({"temperatures": [2.5]}, "vLLM accepts none above 2"),
         ({"engine_args": {"--block-size": 16}}, r"with underscores \(block_size\)"),
         ({"engine_args": {"max_model_len": 16}}, "max_model_len cannot be set here: it follows from the prompts"),
         ({"engine_args": {"logits_processors": ["a:B"]}}, "no record would show it"),

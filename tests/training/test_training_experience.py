@@ -334,7 +334,7 @@ def change_completion(**fields: Any) -> Callable[[str, list[Any]], list[Any]]:
             "two samples with the same index",
         ),
         ("remax", change_row("greedy_rollouts", 2, prompt_ids=(1, 2)), "other token ids for prompt prompt-002"),
-        ("remax", lambda name, rows: rows if name != "greedy_rollouts" else make_rollouts(8, 1), "not one greedy"),
+        ("remax", lambda name, rows: rows if name != "greedy_rollouts" else make_rollouts(8, 1), "does not have exactly one greedy"),
     ],
 )  # fmt: skip
 def test_what_is_not_of_the_same_tokens_is_refused(
@@ -405,10 +405,10 @@ def loss(batch):
         ("ones", "returned Tensor; it must return"),
         ("Advantages(ones[1:])", r"advantages of shape \(\d+,\); expected \(\d+,\)"),
         ("Advantages(ones / (ones - 1))", "advantages that are not finite, first inf for a token of response 0"),
-        ("Advantages(ones, returns=ones)", "gave some returns, but its NEEDS say that it has no critic"),
+        ("Advantages(ones, returns=ones)", 'returned `returns`, but NEEDS do not contain "values"'),
         ("Advantages(ones, keep=experience.rewards > 9)", r"keeps no sample of .* \(24 samples in = 0 kept \+ 24 not"),
         ("Advantages(ones, keep=experience.rewards)", r"keep of torch.float64; it must be booleans"),
-        ("Advantages(ones, keep=ones > 0)", "gave keep of shape"),
+        ("Advantages(ones, keep=ones > 0)", "returned keep of shape"),
     ],
 )
 def test_what_a_users_algorithm_returns_is_checked(world: World, tmp_path: Path, returned: str, complaint: str) -> None:

@@ -71,7 +71,7 @@ def test_adapters_under_zero(models: dict[str, Path], pairs: dict[str, Path], tm
     [
         ({"lora": {"targets": ["q_prj"]}}, r"lora.targets=\['q_prj'\] cannot be adapted"),
         ({"lora": LORA, "frozen": ["embed_tokens"]}, "only adapters are trained"),
-        ({"lora": LORA, "parallel": {"tp": 2}}, "adapters are not divided"),
+        ({"lora": LORA, "parallel": {"tp": 2}}, "adapters are not sharded"),
     ],
 )
 def test_what_cannot_be_adapted(
