@@ -118,8 +118,8 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, variant: AttentionVar
 
     A prompt attends to itself; a response attends to its prompt and to itself.
     """
-    found = query.new_empty(*query.shape[:2], value.shape[-1])
-    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))  # [1, heads, T, head size]
+    output = query.new_empty(*query.shape[:2], value.shape[-1])
+    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, output))  # [1, heads, T, head size]
     grouped = k.shape[1] != q.shape[1]
     for span in plan.spans:
         for own, before in ((span.prompt, slice(0, 0)), *((own, span.prompt) for own in span.responses)):
@@ -137,15 +137,15 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, variant: AttentionVar
                     attn_mask=None if mask is None else mask[first:end, : width + end], is_causal=mask is None,
                     scale=variant.scaling, enable_gqa=grouped,
                 )  # fmt: skip
-    return found
+    return output
 
 
 def attend_once_last_token(
     query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant, plan: PackingPlan
 ) -> Tensor:
     """Compute `attend_once` for only the last token of each of S sequences: query [S, heads, head size]."""
-    found = query.new_empty(*query.shape[:2], value.shape[-1])
-    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, found))
+    output = query.new_empty(*query.shape[:2], value.shape[-1])
+    q, k, v, out = (tensor.transpose(0, 1)[None] for tensor in (query, key, value, output))
     grouped = k.shape[1] != q.shape[1]
     sequences = ((span.prompt, own) for span in plan.spans for own in span.responses)
     for index, (before, own) in enumerate(sequences):
@@ -154,7 +154,7 @@ def attend_once_last_token(
         out[:, :, index : index + 1] = scaled_dot_product_attention(
             q[:, :, index : index + 1], keys[:, :, seen], values[:, :, seen], scale=variant.scaling, enable_gqa=grouped
         )
-    return found
+    return output
 
 
 def _keys_with_prefix(before: slice, own: slice, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,22 +186,22 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: Pac
     """Attention over concatenated sequences, [L, heads, head size] each, by flash-attn."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    found: Tensor = flash_attn_varlen_func(
+    output: Tensor = flash_attn_varlen_func(
         q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
         softmax_scale=variant.scaling, causal=True, window_size=_kernel_window(variant), softcap=variant.softcap or 0.0,
     )  # fmt: skip
-    return found
+    return output
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: PackingPlan) -> Tensor:
     """The same as `_flash`, by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    found: Tensor = varlen_attn(  # type: ignore[assignment]
+    output: Tensor = varlen_attn(  # type: ignore[assignment]
         q, k, v, plan.bounds, plan.bounds, plan.longest, plan.longest,
         scale=variant.scaling, window_size=_kernel_window(variant), enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
-    return found
+    return output
 
 
 def _kernel_window(variant: AttentionVariant) -> tuple[int, int]:
@@ -218,10 +218,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
         if variant.window is None or variant.window >= q.shape[2]
         else _visible(q.shape[2], variant.window, q.device)
     )
-    found = scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scaling, enable_gqa=grouped
     )
-    return found.transpose(1, 2)
+    return output.transpose(1, 2)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:

@@ -31,13 +31,13 @@ class _Matrix(NamedTuple):
     bias: Tensor | None
 
     def __call__(self, inputs: Tensor, activation: str = "none") -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, activation, [], "")
-        return found
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, activation, [], "")
+        return output
 
     def combined(self, inputs: Tensor, other: Tensor, operation: str) -> Tensor:
         """The layer's output plus `other` ("add") or times `other` ("mul")."""
-        found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self.weight, self.bias, operation)
-        return found
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, other, self.weight, self.bias, operation)
+        return output
 
 
 class _Layer(NamedTuple):
@@ -106,11 +106,11 @@ class CpuDecoder:
             )
             query, key, value = self._heads(layer, states, turns)
             if last:
-                found = attend_once_last_token(query[batch.last], key, value, variant, plan)
+                attended = attend_once_last_token(query[batch.last], key, value, variant, plan)
                 states = states[batch.last]
             else:
-                found = attend_once(query, key, value, variant, plan)
-            states = layer.outputs.combined(found.flatten(1), states, "add")
+                attended = attend_once(query, key, value, variant, plan)
+            states = layer.outputs.combined(attended.flatten(1), states, "add")
             normed = _normed(states, layer.epsilons[1])
             states = layer.down.combined(layer.up.combined(normed, layer.gate(normed, "swish"), "mul"), states, "add")
         normed_states: Tensor = self._norm(states)

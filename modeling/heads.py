@@ -30,11 +30,11 @@ class _States(BaseModelOutputWithPast):
 
 def backbone_of(model: Any) -> Any:
     """The submodule of a transformers model whose last hidden states its head reads."""
-    found = model.base_model
-    if found is model:  # base_model_prefix names a module that the model does not have (Llama 4)
-        found = model.model
-    inner = getattr(found, "decoder", None)  # OPT's head calls this and not the module around it
-    return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else found
+    backbone = model.base_model
+    if backbone is model:  # base_model_prefix names a module that the model does not have (Llama 4)
+        backbone = model.model
+    inner = getattr(backbone, "decoder", None)  # OPT's head calls this and not the module around it
+    return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else backbone
 
 
 @torch.no_grad()
@@ -53,14 +53,14 @@ def logit_scaling(model: Any) -> LogitScaling:
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(1, 4, head.weight.shape[-1], generator=generator).to(head.weight)
         unit = states / _linear(head, states).abs().max().clamp(min=torch.finfo(torch.float32).tiny).to(states)
-        asked = [magnitude * unit for magnitude in MAGNITUDES]
-        plain = [_linear(head, hidden) for hidden in asked]
-        found = [_own_logits(model, hidden) for hidden in asked]
+        probes = [magnitude * unit for magnitude in MAGNITUDES]
+        plain = [_linear(head, hidden) for hidden in probes]
+        actual = [_own_logits(model, hidden) for hidden in probes]
     for scaling in _candidates(model.config.get_text_config()):
         expected = [scale_logits(linear, scaling) for linear in plain]
         if all(
             float((one - other).abs().max()) <= 1e-2 * float(other.abs().max())
-            for one, other in zip(found, expected, strict=True)
+            for one, other in zip(actual, expected, strict=True)
         ):
             return scaling
     raise _unknown(model)

@@ -62,10 +62,10 @@ class LogprobHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> HeadOutput:
         """Log-probabilities of the targets [N] from hidden states [N, hidden size]."""
-        found: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
+        columns: tuple[Tensor, ...] = _Head.apply(  # type: ignore[no-untyped-call]
             hidden.to(self._dtype(hidden)), self.weight, self.bias, targets, self.scaling, self.entropy, self.collision
         )
-        return HeadOutput(found[0], found[1] if self.entropy else None, found[2] if self.collision else None)
+        return HeadOutput(columns[0], columns[1] if self.entropy else None, columns[2] if self.collision else None)
 
 
 class _Head(torch.autograd.Function):

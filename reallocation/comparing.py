@@ -93,10 +93,10 @@ def compare(first: StoredModel, second: StoredModel) -> Iterator[Difference]:
 
 
 def _sides(model: StoredModel) -> dict[str, _Side]:
-    found = {name: _Side(model, tensor, None) for name, tensor in model.tensors.items()}
+    sides = {name: _Side(model, tensor, None) for name, tensor in model.tensors.items()}
     if (head := model.value_head()) is not None:
-        found[VALUE_HEAD_NAME] = _Side(model, GlobalTensor(VALUE_HEAD_NAME, head.dtype, head.shape), head)
-    return found
+        sides[VALUE_HEAD_NAME] = _Side(model, GlobalTensor(VALUE_HEAD_NAME, head.dtype, head.shape), head)
+    return sides
 
 
 def _numbers(one: _Side, other: _Side) -> dict[str, Any]:
@@ -144,5 +144,5 @@ def comparison(first: Path, second: Path, base: Path | None) -> dict[str, Any]:
     models = [StoredModel(path, base=base) for path in (first, second)]
     names = {name for model in models for name in model.tensors}
     names |= {VALUE_HEAD_NAME for model in models if model.value_head() is not None}
-    found = [msgspec.to_builtins(difference) for difference in compare(*models)]
-    return {"first": str(first), "second": str(second), "tensors": len(names), "differences": found}
+    differences = [msgspec.to_builtins(difference) for difference in compare(*models)]
+    return {"first": str(first), "second": str(second), "tensors": len(names), "differences": differences}

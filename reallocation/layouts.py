@@ -85,7 +85,7 @@ class RankLayout:
         Raises:
             UserError: the text is no valid layout.
         """
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         names = {"dp": "dp", "tp": "tp", "pp": "pp", "shard": "sharding", "vocab": "vocabulary", "layers": "layers"}
         items = [item for part in text.split(",") if (item := part.strip())]
         if not items:
@@ -97,20 +97,20 @@ class RankLayout:
                     f"layout {text!r}: {key!r} is not a key.{did_you_mean(key, names)} Write it like tp=4,pp=2; the "
                     f"keys are {', '.join(names)}."
                 )
-            if names[key] in found:
+            if names[key] in fields:
                 raise UserError(f"layout {text!r}: {key!r} occurs twice. Give it once.")
             choices = {"shard": get_args(Sharding), "vocab": get_args(Vocabulary)}.get(key)
             if choices is not None:
                 if value not in choices:
                     raise UserError(f"layout {text!r}: {key}={value!r} is not one of {', '.join(choices)}.")
-                found[names[key]] = value
+                fields[names[key]] = value
                 continue
             numbers = value.split("+") if key == "layers" else [value]
             if not all(number.isdecimal() and int(number) > 0 for number in numbers):
                 example = "positive numbers like 9+7" if key == "layers" else "a positive number"
                 raise UserError(f"layout {text!r}: {key}={value!r} is not {example}.")
-            found[names[key]] = tuple(map(int, numbers)) if key == "layers" else int(value)
-        layout = cls(**found)
+            fields[names[key]] = tuple(map(int, numbers)) if key == "layers" else int(value)
+        layout = cls(**fields)
         if layout.ranks > MAX_RANKS:
             raise UserError(
                 f"layout {text!r} has {layout.ranks:,} ranks, but at most {MAX_RANKS:,} are supported. Lower dp, "
@@ -311,16 +311,16 @@ class Division:
         """The pipeline stages that have a tensor, and the cut of each tensor parallel rank."""
         name = tensor.name.removeprefix(REMAINDER).replace(".base_layer.", ".")
         whole: list[tuple[int, int, int] | None] = [None] * self.layout.tp
-        if found := IN_LAYER.fullmatch(name):
-            layer = int(found[1])
+        if match := IN_LAYER.fullmatch(name):
+            layer = int(match[1])
             if layer >= self._bounds[-1]:
                 raise UserError(
                     f"{self.name} holds {tensor.name}, but has {self._bounds[-1]} layers according to its config.json."
                 )
             stage = next(number for number, end in enumerate(self._bounds[1:]) if layer < end)
-            return (stage,), self._cuts_in_layer(tensor, found[2])
-        if found := OUTSIDE.fullmatch(name):
-            module, kind = found[1], ADAPTER_SUFFIX.sub(lambda match: match[1], found[2])
+            return (stage,), self._cuts_in_layer(tensor, match[2])
+        if match := OUTSIDE.fullmatch(name):
+            module, kind = match[1], ADAPTER_SUFFIX.sub(lambda suffix: suffix[1], match[2])
             last = self.layout.pp - 1
             stages: tuple[int, ...] = (0,) if module == "embed_tokens" else (last,)
             if module == "embed_tokens" and kind == "weight" and self._is_second_head(tensor.name):
@@ -421,11 +421,11 @@ def require_complete(config: Mapping[str, Any], tensors: Mapping[str, GlobalTens
     inside: dict[int, dict[str, GlobalTensor]] = {layer: {} for layer in range(layers)}
     prefix = "model."
     for tensor in tensors.values():
-        if found := IN_LAYER.fullmatch(tensor.name):
-            inside.setdefault(int(found[1]), {})[found[2].replace(".base_layer.", ".")] = tensor
-            prefix = tensor.name[: found.start(1)].removesuffix("layers.")
-        elif found := OUTSIDE.fullmatch(tensor.name):
-            outside[f"{found[1]}.{found[2]}"] = tensor
+        if match := IN_LAYER.fullmatch(tensor.name):
+            inside.setdefault(int(match[1]), {})[match[2].replace(".base_layer.", ".")] = tensor
+            prefix = tensor.name[: match.start(1)].removesuffix("layers.")
+        elif match := OUTSIDE.fullmatch(tensor.name):
+            outside[f"{match[1]}.{match[2]}"] = tensor
     if (beyond := max(inside, default=0)) >= layers:
         raise UserError(
             f"{name} holds tensors of layer {beyond}, but has {layers} layers according to its config.json."

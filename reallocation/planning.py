@@ -134,7 +134,7 @@ def plan(
     """
     from_process = tuple(source_processes or range(source.layout.ranks))
     to_process = tuple(target_processes or range(target.layout.ranks))
-    found: list[tuple[int, Transfer]] = []
+    assigned: list[tuple[int, Transfer]] = []
     shared: list[tuple[int, Transfer, list[tuple[int, int]]]] = []
     queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     load: defaultdict[int, int] = defaultdict(int)
@@ -152,7 +152,7 @@ def plan(
                         source=ranks[0] if own is None else own, target=target_rank, tensor=tensor.name
                     )
                     if own is not None or len(ranks) == 1:
-                        found.append((number, transfer))
+                        assigned.append((number, transfer))
                         load[from_process[ranks[0]]] += transfer.bytes if own is None else 0
                     else:
                         shared.append((number, transfer, queue_of[held]))
@@ -160,9 +160,9 @@ def plan(
     for number, transfer, queue in shared:
         chosen = _least_loaded(queue, from_process, load)
         load[from_process[chosen]] += transfer.bytes
-        found.append((number, transfer._replace(source=chosen)))
-    found.sort(key=lambda each: (each[0], each[1].target, each[1].target_start))
-    return ReallocationPlan(tuple(transfer for _, transfer in found), from_process, to_process)
+        assigned.append((number, transfer._replace(source=chosen)))
+    assigned.sort(key=lambda each: (each[0], each[1].target, each[1].target_start))
+    return ReallocationPlan(tuple(transfer for _, transfer in assigned), from_process, to_process)
 
 
 def _least_loaded(queue: list[tuple[int, int]], processes: Sequence[int], load: Mapping[int, int]) -> int:
@@ -267,7 +267,7 @@ def intersection(source: LocalPart, target: LocalPart, item: int) -> tuple[Trans
     if len(widths) > 1:
         raise ValueError(f"a tensor is cut along two dimensions: {source}, {target}")
     width = widths.pop()
-    found = []
+    transfers = []
     for one in blocks(source, width):
         for other in blocks(target, width):
             row, row_end = max(one.row, other.row), min(one.row_end, other.row_end)
@@ -279,10 +279,10 @@ def intersection(source: LocalPart, target: LocalPart, item: int) -> tuple[Trans
             if rows > 1 and length == one.stride == other.stride:
                 rows, length = 1, rows * length
             numbers = (length, starts[0], one.stride, starts[1], other.stride)
-            found.append(Transfer(0, 0, "", rows, *(item * number for number in numbers)))
-    found.sort(key=lambda each: each.target_start)
+            transfers.append(Transfer(0, 0, "", rows, *(item * number for number in numbers)))
+    transfers.sort(key=lambda each: each.target_start)
     merged: list[Transfer] = []
-    for each in found:
+    for each in transfers:
         before = merged[-1] if merged else None
         touches = (
             before is not None

@@ -82,8 +82,8 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> ReshardResu
     published = {} if divided else _published(model)
     compared = sum(output.name in published for output in outputs)
     ranks = layout.ranks if divided else 1
-    found = ReshardResult(target, layout, len(outputs), total, ranks, tuple(left_out), False, compared)
-    existing = replace(found, was_there=True, compared=0)
+    result = ReshardResult(target, layout, len(outputs), total, ranks, tuple(left_out), False, compared)
+    existing = replace(result, was_there=True, compared=0)
     key = record.key if record is not None else _input_digest(model, layout)
     if target.exists():
         _require_same(target, record, outputs)
@@ -111,7 +111,7 @@ def reshard(model: StoredModel, layout: RankLayout, target: Path) -> ReshardResu
     (directory / LOCK).unlink(missing_ok=True)
     os.rename(directory, target)
     fsync(target.parent)
-    return found
+    return result
 
 
 def _rank_files(model: StoredModel, layout: RankLayout) -> tuple[DividedRecord, list[OutputFile]]:
@@ -170,7 +170,7 @@ def _other_files(model: StoredModel, divided: bool) -> tuple[dict[str, Path], li
     weights = {file.name for file in model.files} | {RECORD, LOCK}
     if model.record is not None:
         weights |= {name for files in model.record.ranks.values() for name in files}
-    found, left_out = {}, []
+    copied, left_out = {}, []
     for path in sorted(model.path.rglob("*")):
         name = path.relative_to(model.path).as_posix()
         if not path.is_file() or name in weights:
@@ -182,8 +182,8 @@ def _other_files(model: StoredModel, divided: bool) -> tuple[dict[str, Path], li
             left_out.append(name)
         else:
             stays = not divided or name in (*MODEL_FILES, *PROCESSOR_FILES)
-            found[name if stays else f"{ORIGIN}/{name}"] = path
-    return found, left_out
+            copied[name if stays else f"{ORIGIN}/{name}"] = path
+    return copied, left_out
 
 
 def _input_digest(model: StoredModel, layout: RankLayout) -> str:

@@ -109,13 +109,13 @@ class StoredModel:
     def sources(self) -> dict[str, tuple[StoredPart, ...]]:
         """The distinct stored parts of each tensor."""
         if self.record is None:
-            found: dict[str, tuple[StoredPart, ...]] = {}
+            parts: dict[str, tuple[StoredPart, ...]] = {}
             for file, file_tensors in self.file_tensors.items():
                 for stored in file_tensors.values():
                     name = (REMAINDER if file.startswith(REMAINDER) else "") + stored.name
                     tensor = self.tensors[name]
-                    found[name] = (StoredPart(0, flat_part(tensor, 0, tensor.elements, tensor.shape), stored),)
-            return found
+                    parts[name] = (StoredPart(0, flat_part(tensor, 0, tensor.elements, tensor.shape), stored),)
+            return parts
         division = self.division(self.layout)
         held = {int(rank): _rank_tensors(self.path, files) for rank, files in self.record.ranks.items()}
         return {
@@ -140,12 +140,12 @@ class StoredModel:
     def transfers(self, name: str, part: LocalPart) -> list[Transfer]:
         """The transfers that make up a part of a tensor, by position in it; `source` is an index into `sources`."""
         item, sources = item_bytes(self.tensors[name].dtype), self._places[name]
-        found = [
+        transfers = [
             transfer._replace(source=number, tensor=name)
             for number in sources.candidates(part)
             for transfer in intersection(sources.parts[number], part, item)
         ]
-        return sorted(found, key=lambda each: each.target_start)
+        return sorted(transfers, key=lambda each: each.target_start)
 
     def read(self, name: str, part: LocalPart, into: memoryview) -> None:
         """Read a part of a tensor, and no other bytes of its files.
@@ -242,14 +242,14 @@ def _whole_files(path: Path) -> Iterator[WholeFile]:
 def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
     """The tensors that a whole file's header lists, by position; the file itself need not exist."""
     base = 8 + len(file.header.encode())
-    found = []
+    tensors = []
     for name, tensor in json.loads(file.header).items():
         if name != "__metadata__":
             start, end = tensor["data_offsets"]
-            found.append(StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), path, base + start, base + end))
-    found.sort(key=lambda tensor: (tensor.start, tensor.end))
+            tensors.append(StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), path, base + start, base + end))
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     previous_end = base
-    for tensor in found:
+    for tensor in tensors:
         elements = GlobalTensor(tensor.name, tensor.dtype, tensor.shape).elements
         if tensor.start != previous_end or tensor.end - tensor.start != elements * item_bytes(tensor.dtype):
             raise UserError(
@@ -257,17 +257,17 @@ def _tensors_in(file: WholeFile, path: Path) -> dict[str, StoredTensor]:
                 "the previous tensor. Save the model again."
             )
         previous_end = tensor.end
-    return {tensor.name: tensor for tensor in found}
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _rank_tensors(path: Path, files: tuple[str, ...]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in files:
         if not (path / name).is_file():
             raise UserError(f"{path} lacks {name}. Divide the checkpoint again.")
         prefix = REMAINDER if name.startswith(REMAINDER) else ""
-        found.update({prefix + key: tensor for key, tensor in read_header(path / name).items()})
-    return found
+        tensors.update({prefix + key: tensor for key, tensor in read_header(path / name).items()})
+    return tensors
 
 
 def _config_of(path: Path, base: Path | None) -> Mapping[str, Any]:

@@ -134,8 +134,8 @@ def write_files(
         parts = shares_of(model, output, 1 if hashed else max(1, WRITERS // len(outputs)))
         with new_file(directory / output.name) as scratch:
             writing = [helpers.submit(write_share, part, scratch, hashed=hashed) for part in parts]
-            found, *_ = [share.result() for share in writing]
-            if found != published.get(output.name):
+            sha256, *_ = [share.result() for share in writing]
+            if sha256 != published.get(output.name):
                 raise UserError(
                     f"{output.name}, joined from the ranks' files in {model.path}, differs from the published file: "
                     f"its SHA-256 is not the one in {ORIGIN}/{MANIFEST}. A rank's file was changed or damaged: divide "

@@ -74,4 +74,4 @@ class TrackingSection(Section):
     def chosen(self) -> dict[str, Section]:
         """The settings of the enabled trackers by name."""
         settings = {name: getattr(self, name) for name in ("wandb", "trackio", "tensorboard", "mlflow")}
-        return {name: found for name, found in settings.items() if found is not None}
+        return {name: section for name, section in settings.items() if section is not None}

@@ -30,8 +30,12 @@ class MlflowTracker:
         if not configured_uri:
             _delete_incomplete(run.tracking_directory / "mlflow.db")
         self._client = MlflowClient(configured_uri or f"sqlite:///{run.tracking_directory / 'mlflow.db'}")
-        found = self._client.get_experiment_by_name(settings["experiment"])
-        experiment = found.experiment_id if found else self._client.create_experiment(settings["experiment"])
+        known_experiment = self._client.get_experiment_by_name(settings["experiment"])
+        experiment = (
+            known_experiment.experiment_id
+            if known_experiment
+            else self._client.create_experiment(settings["experiment"])
+        )
         known = self._client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if known:
             self._id = known[0].info.run_id

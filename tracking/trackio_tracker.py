@@ -48,10 +48,10 @@ class TrackioTracker:
         self._failures = messages if self._is_local else []
         self._run._warn_once = self._record_warning
         self._check()
-        found = self._run._next_step  # from an earlier process, in the database; there is no public API for it
-        if not found and self._is_local:
+        next_step = self._run._next_step  # from an earlier process, in the database; there is no public API for it
+        if not next_step and self._is_local:
             self._run.id = run.id  # so that all processes use the same id, although trackio does not see waiting files
-        self._recorded = max(found, waiting + 1)
+        self._recorded = max(next_step, waiting + 1)
 
     def recorded(self) -> int:
         """The number of points that trackio had when it resumed the run."""
