@@ -61,7 +61,7 @@ def live_line(event: Event) -> str | None:
             return f"job    {event.stage}  ({event.text})"
         case RunEnding():
             names, grace = ", ".join(event.stages), event.grace_seconds
-            return f"ending {names}  (up to {grace:g} s for what is in hand; interrupt again to end at once)"
+            return f"ending {names}  (up to {grace:g} s to finish work in progress; interrupt again to end at once)"
         case WeightsReleased():
             return f"release {event.stage}  ({event.reason}; {format_megabytes(event.bytes)} are free)"
         case RetentionHeld():
@@ -144,13 +144,13 @@ def _notable(event: Event) -> str | None:
             ended = f"job {event.job} on {event.host}: its process ended with exit code {event.code}"
             return f"{ended}, and was started again"
         case StageFailed(retry_in=None):
-            return f"{event.attempt} {event.how} Not tried again."
+            return f"{event.attempt} {event.how} Not retried."
         case StageFailed():
-            return f"{event.attempt} {event.how} Tried again after {event.retry_in:.0f} s."
+            return f"{event.attempt} {event.how} Retried after {event.retry_in:.0f} s."
         case GateDecided():
             return event.text
         case SourceChanged():
-            return f"made by Ratchet's source {event.ran}, which was {event.asked} when it was asked for"
+            return f"computed by Ratchet's source {event.ran}; it was {event.asked} when the stage was requested"
         case RunCancelled():
             return f"cancelled by {event.by} with `pipeline cancel`"
         case ListenerFailed():
@@ -166,7 +166,7 @@ def _notable(event: Event) -> str | None:
 
 
 def _tracker_failure(event: TrackerFailed) -> str:
-    return f"the tracker {event.tracker} failed, and gets what it lacks from the next command: {printable(event.error)}"
+    return f"the tracker {event.tracker} failed; the next command sends it the rest: {printable(event.error)}"
 
 
 def _hook_failure(event: HookFailed) -> str:

@@ -60,7 +60,7 @@ def test_a_chain_survives_what_a_cluster_does_to_it(tmp_path: Path, slurm: Slurm
     assert '<span class="badge finished">' in (run.path / "report.html").read_text()
     report = (run.path / "report.txt").read_text()
     for text in (report, status):
-        assert re.search(r"setup/world: attempt-1 was killed by SIGKILL.* Tried again after \d+ s", text), text
+        assert re.search(r"setup/world: attempt-1 was killed by SIGKILL.* Retried after \d+ s", text), text
         assert re.search(rf"prompts/heldout: job {preempted} .* requeued \(preempted\)", text), text
         assert re.search(rf"{GENERATION}: job {cancelled} on node\d: cancelled by", text), text
         assert re.search(rf"{GENERATION}: job {failed} on {node}: its node failed", text), text
@@ -120,7 +120,7 @@ def test_after_a_failure_nothing_waits_for_ever_and_the_same_command_goes_on(tmp
     assert re.search(r"FAILED prompts/heldout: .*no such dictionary.* \(log: .*stage.log\)", status), status
     assert re.search(r"prompts/train +│ blocked .*by prompts/heldout", status), status
     assert re.search(rf"{EVALUATION} +│ blocked .*by {GENERATION}", status), status
-    assert "prompts/heldout: attempt-1 failed with exit code 2. Not tried again." in status
+    assert "prompts/heldout: attempt-1 failed with exit code 2. Not retried." in status
     attached = run.pipeline("attach", str(run.path))
     assert attached.returncode == 1
     assert "prompts/heldout" in attached.stderr

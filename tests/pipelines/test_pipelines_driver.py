@@ -200,7 +200,7 @@ def test_a_stage_that_other_source_code_has_made_is_named(
     monkeypatch.setattr(attempts, "source_version", lambda package: f"{package} of yesterday")
     scene.drive()
     (line,) = notable_lines(scene.events)
-    assert f"prompts/all: made by Ratchet's source {version}, which was contracts of yesterday when" in line
+    assert f"prompts/all: computed by Ratchet's source {version}; it was contracts of yesterday when" in line
 
 
 def test_without_the_cluster_nothing_is_claimed_of_its_jobs(

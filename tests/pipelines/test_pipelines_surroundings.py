@@ -329,8 +329,8 @@ def test_lines_of_the_events_that_are_not_ours(begun: RunDirectory, capsys: pyte
     begun.record(StageFailed(stage="iteration-001/training", **failure))
     told = notable_lines(begun.events())
     assert [line[21:] for line in told[:2]] == [
-        "iteration-001/generation: attempt-1 fell over. Not tried again.",
-        "iteration-001/training: attempt-1 fell over. Not tried again.",
+        "iteration-001/generation: attempt-1 fell over. Not retried.",
+        "iteration-001/training: attempt-1 fell over. Not retried.",
     ]
     assert told[2:] == ["7 lines of events.jsonl cannot be read and left out here; the results are unaffected."]
     assert main(["status", str(begun.path)]) == 0

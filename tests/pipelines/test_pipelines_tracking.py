@@ -71,7 +71,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(smallest: Path, t
     assert event.tracker == "mlflow"
     assert "no route to the tracker" in event.error
     (line,) = notable_lines([event])
-    assert line.endswith(f"the tracker mlflow failed, and gets what it lacks from the next command: {event.error}")
+    assert line.endswith(f"the tracker mlflow failed; the next command sends it the rest: {event.error}")
 
 
 def test_a_tracker_that_hangs_is_ended_when_its_time_is_over(smallest: Path, tmp_path: Path) -> None:
