@@ -109,9 +109,9 @@ class SearchedRun:
     @functools.cached_property
     def _following(self) -> dict[str, set[str]]:
         found = {name: set(others) for name, others in self._unrelated.items()}
-        for follower, (maker, _) in self.streams.items():
-            found[follower].add(maker)
-            found[maker].add(follower)
+        for follower, (producer, _) in self.streams.items():
+            found[follower].add(producer)
+            found[producer].add(follower)
         return found
 
 
