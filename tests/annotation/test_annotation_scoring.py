@@ -376,7 +376,7 @@ def test_an_engine_that_is_not_there_is_told_before_anything_is_scored(tmp_path,
     config = score_config(
         output=tmp_path / "s", rollouts=tmp_path, kind="reward_model", model=models["reward"], engine="vllm"
     )
-    with pytest.raises(UserError, match=r"which this environment lacks\. A run takes the environment of generation"):
+    with pytest.raises(UserError, match=r"which this environment lacks\. A run uses the generation environment"):
         config.check()
     with pytest.raises(UserError, match="engine_args is for engine=vllm"):
         score_config(
