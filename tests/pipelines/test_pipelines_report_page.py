@@ -176,7 +176,7 @@ def test_link_to_a_sample(browser: Browser, address: str, made: HandmadeRun) -> 
     browser.open(f"{address}#sample=iteration-001%2Fgeneration;{row.prompt_id};2")
     assert browser.wait("document.querySelector('.detail article.marked .head a')?.innerText") == "answer 2"
     browser.run("location.hash = '#sample=iteration-001%2Fgeneration;nothing'")
-    browser.wait("document.querySelector('.detail').innerText.includes('does not hold the sample')")
+    browser.wait("document.querySelector('.detail').innerText.includes('does not have the sample')")
     browser.run("location.hash = '#sample=%E0;x'")
     browser.run("new Promise((resolve) => setTimeout(resolve, 50))")
     assert browser.complaints() == []
