@@ -141,8 +141,8 @@ class ChatTokenizer:
             UserError: as in `conversation`; or the prefill has tool calls or a stop token.
         """
         *before, last = messages
-        said = [last.content, *texts_in(last.reasoning_content)]
-        if last.tool_calls or not self._stops.isdisjoint(token for text in said for token in self._encode(text)):
+        texts = [last.content, *texts_in(last.reasoning_content)]
+        if last.tool_calls or not self._stops.isdisjoint(token for text in texts for token in self._encode(text)):
             held = "tool calls" if last.tool_calls else "a token that ends answers"
             raise UserError(f"the beginning of the answer in {what} holds {held}, so no answer can go on from it.")
         safe, tools = self._safe(before, tools)
@@ -159,7 +159,7 @@ class ChatTokenizer:
             text = last.content.lstrip()
             return text.removeprefix(THINK).removeprefix(prompt[len(bare) :]) if thinking else text
         thoughts = "" if last.reasoning_content is msgspec.UNSET else last.reasoning_content
-        marked, said = marker(len(before)), last.content or thoughts
+        marked, prefill = marker(len(before)), last.content or thoughts
         field = "content" if last.content else "reasoning_content"
         turn: Message = msgspec.structs.replace(last, **{field: marked})
         try:
@@ -168,10 +168,10 @@ class ChatTokenizer:
             full = ""
         if full.startswith(prompt) and marked in full:
             lead = full[len(prompt) :].partition(marked)[0]
-            if said is thoughts or occurs(thoughts, lead):
-                return lead + said
+            if prefill is thoughts or occurs(thoughts, lead):
+                return lead + prefill
         elif not thoughts:
-            return said if thinking else self._answer_lead + said
+            return prefill if thinking else self._answer_lead + prefill
         raise TemplateRefusedError(
             f"the chat template of {self.path} leaves out the thoughts with which the answer in {what} begins. Write "
             f"them into its text: {THINK}...{THINK_END}."
@@ -195,8 +195,8 @@ class ChatTokenizer:
             UserError: as in `conversation`.
         """
         *before, last = messages
-        said = [last.content, *texts_in([getattr(last, name) for name in ("reasoning_content", "tool_calls")])]
-        control = {token for text in said for token in self._encode(text)} & self._control_ids
+        texts = [last.content, *texts_in([getattr(last, name) for name in ("reasoning_content", "tool_calls")])]
+        control = {token for text in texts for token in self._encode(text)} & self._control_ids
         if not control.isdisjoint(self.stop_ids):
             return "stop_inside"
         if control:
@@ -523,8 +523,8 @@ def _answer_text(prompt: str, answer: Message) -> str:
     """The text of an answer to a prompt that may end with `<think>`, for templates that do not render it after the
     prompt; or the reason why there is none (see `ChatTokenizer.prompt_and_answer`)."""
     thoughts = "" if answer.reasoning_content is msgspec.UNSET else answer.reasoning_content
-    begun = prompt.rstrip()
-    if not begun.endswith(THINK):
+    stripped = prompt.rstrip()
+    if not stripped.endswith(THINK):
         return "left_out" if thoughts or answer.tool_calls else answer.content
     if not thoughts and THINK_END not in answer.content:
         return "no_thinking"
@@ -533,7 +533,7 @@ def _answer_text(prompt: str, answer: Message) -> str:
     if thoughts:
         return f"{thoughts}\n{THINK_END}\n\n{answer.content}"
     text = answer.content.lstrip()
-    return text.removeprefix(THINK).removeprefix(prompt[len(begun) :]) if text.startswith(THINK) else answer.content
+    return text.removeprefix(THINK).removeprefix(prompt[len(stripped) :]) if text.startswith(THINK) else answer.content
 
 
 def _thinks_twice(answer: str, tail: str) -> bool:

@@ -214,7 +214,7 @@ def docstrings(kind: type) -> dict[str, str]:
     """The docstring of each field of a config or record. They are parsed from the source only when they are shown,
     because every process defines configs."""
     bases = [base for base in reversed(kind.__mro__) if base.__module__.partition(".")[0] not in FOREIGN_PACKAGES]
-    return {field: said for base in bases for field, said in _own_docstrings(base).items()}
+    return {field: text for base in bases for field, text in _own_docstrings(base).items()}
 
 
 @functools.cache
@@ -224,8 +224,8 @@ def _own_docstrings(base: type) -> dict[str, str]:
     found = {}
     for field, text in itertools.pairwise(body.body):
         match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                found[name] = said
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                found[name] = docstring
     return found
 
 
@@ -371,8 +371,8 @@ def _meaning(model: type[BaseModel], location: Sequence[Any], place: str) -> str
     for part in location[:-1]:
         found, _ = _step(found, part)
     sections = [section for each in found for section in _members(each) if _is_model(section)]
-    said = next((text for section in sections if (text := docstrings(section).get(str(location[-1])))), "")
-    first = re.split(r"[.;:]\s", " ".join(said.split()) + " ", maxsplit=1)[0].rstrip(" .")
+    documentation = next((text for section in sections if (text := docstrings(section).get(str(location[-1])))), "")
+    first = re.split(r"[.;:]\s", " ".join(documentation.split()) + " ", maxsplit=1)[0].rstrip(" .")
     return f" Set {place}=VALUE: {first}." if first else ""
 
 
@@ -404,7 +404,7 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
     for name in itertools.islice(other_names.dotted_names(last, value), 20):
         if (entry := other_names.find(name)) is None:
             continue
-        said = "" if name == last else f"{name!r}: "
+        hint = "" if name == last else f"{name!r}: "
         if entry.ours:
             # Shorten the path of the run's config to the section that is being validated.
             path = entry.ours.split(".")
@@ -412,12 +412,12 @@ def _elsewhere(model: type[BaseModel], parents: list[str], last: str, value: Any
                 if path[start] in here and path[start] != last:
                     path = [*parents, *path[start:]]
                     break
-            said += f"Ratchet has {'.'.join(path)!r} for it."
+            hint += f"Ratchet has {'.'.join(path)!r} for it."
         else:
-            said += "Ratchet has no such key."
+            hint += "Ratchet has no such key."
         names_file = isinstance(value, str) and value.endswith((".json", ".yaml", ".yml"))
         note = entry.note.replace("FILE", value) if names_file else entry.note
-        hints[f"{said} {note}".strip()] = None
+        hints[f"{hint} {note}".strip()] = None
     return list(hints)[:5]
 
 

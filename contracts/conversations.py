@@ -88,8 +88,8 @@ def with_answer(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
 
 def split_prefill(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
     """Split a conversation into the turns before its prefill and the prefill's text, "" if it has none."""
-    begun = bool(messages) and messages[-1].role == "assistant"
-    return (messages[:-1], messages[-1].content) if begun else (messages, "")
+    has_prefill = bool(messages) and messages[-1].role == "assistant"
+    return (messages[:-1], messages[-1].content) if has_prefill else (messages, "")
 
 
 def read_tools(value: Any, place: str) -> JsonObjects | UnsetType:

@@ -58,10 +58,10 @@ def run(config: DrawConfig, context: Context) -> Outcome:
     used, turns = _remaining_draws(config, sources, before)
     picked: dict[str, Picked] = {}
     for name, wanted in sorted(Counter(turns).items()):
-        there = sum(prompt.prompt_id not in used for prompt in sources[name])
-        if wanted > there and not config.replaces:
-            raise UserError(too_few_prompts(name, there, config.count, wanted))
-        wanted, state = min(wanted, there), before.get(name, SourceState())
+        available = sum(prompt.prompt_id not in used for prompt in sources[name])
+        if wanted > available and not config.replaces:
+            raise UserError(too_few_prompts(name, available, config.count, wanted))
+        wanted, state = min(wanted, available), before.get(name, SourceState())
         if config.curriculum is None:
             picked[name] = draw_in_order(sources[name], state.position, wanted, used)
         else:

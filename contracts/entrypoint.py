@@ -251,8 +251,8 @@ def _has_launcher() -> bool:
     """Whether RANK and WORLD_SIZE were set by a launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # torchrun and accelerate; deepspeed
         return True
-    told = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
-    return any((os.environ.get(rank), os.environ.get(size)) == told for rank, size in LAUNCHER_RANKS)
+    given = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
+    return any((os.environ.get(rank), os.environ.get(size)) == given for rank, size in LAUNCHER_RANKS)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

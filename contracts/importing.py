@@ -137,10 +137,10 @@ class PromptReader:
         """
         row = self.layout.row(values, place)
         column, conversation = row.prompt()
-        begun = conversation[-1:] if self.prefill and conversation and conversation[-1].role == "assistant" else ()
+        prefill = conversation[-1:] if self.prefill and conversation and conversation[-1].role == "assistant" else ()
         messages = without_answer(conversation)
-        removed = len(conversation) - len(messages) - len(begun)
-        if begun and (removed or begun[0].tool_calls):
+        removed = len(conversation) - len(messages) - len(prefill)
+        if prefill and (removed or prefill[0].tool_calls):
             raise UserError(
                 f"{place}, column {column!r}: the beginning of an answer (prefill) must be one assistant's turn "
                 "without tool calls. Correct it, or leave prefill out."
@@ -156,7 +156,7 @@ class PromptReader:
         choices: dict[str, str] = {}
         if column in TEXTS or "input" in self.layout.named or "choices" in self.layout.named:
             messages, choices = with_input(row, column, messages)
-        messages = (*with_system(row, messages, self.system), *begun)
+        messages = (*with_system(row, messages, self.system), *prefill)
         tools, answer, tags = tools_of(row), self._answer(row, choices), tags_of(row)
         name, identity = row.find("id")
         if not isinstance(identity, str | int | None) or isinstance(identity, bool) or identity == "":

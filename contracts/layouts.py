@@ -87,8 +87,8 @@ class SourceRow:
                 )
         texts = [text for text in TEXTS if isinstance(self.values.get(text), str)] if name in CONVERSATIONS else []
         if texts:
-            said = {message.content.strip() for message in messages}
-            self._read.update(text for text in texts if self.values[text].strip() in said)
+            contents = {message.content.strip() for message in messages}
+            self._read.update(text for text in texts if self.values[text].strip() in contents)
         return name, messages
 
     def _find_prompt(self) -> str:
@@ -117,8 +117,8 @@ class SourceRow:
 
     def _contains(self, conversation: str, texts: list[str]) -> bool:
         messages = read_messages(self.values[conversation], self.place, conversation, set())
-        said = {message.content.strip() for message in messages}
-        return all(self.values[name].strip() in said for name in texts)
+        contents = {message.content.strip() for message in messages}
+        return all(self.values[name].strip() in contents for name in texts)
 
     def close(self) -> set[str]:
         """Return the names of the columns that have a value and were not read."""

@@ -108,7 +108,7 @@ class DirectoryLock:
             UserError: another process holds the lock, and `patience` is 0.
             TransientError: another process still holds the lock after `patience`.
         """
-        start, told = time.monotonic(), False
+        start, announced = time.monotonic(), False
         while True:
             try:
                 if take():
@@ -124,7 +124,7 @@ class DirectoryLock:
                         f"another process has been making {self.target} for the {patience:g} s that this one waited "
                         f"for the lock {self.directory / LOCK}. If its machine died, the file server lets go soon."
                     ) from error
-                if waited > 1 and not told:
+                if waited > 1 and not announced:
                     print(f"waiting up to {patience:g} s for another process that is making {self.target}", flush=True)
-                    told = True
+                    announced = True
                 time.sleep(POLL_SECONDS)

@@ -124,10 +124,10 @@ def next_sources(weights: Mapping[str, float], taken: Mapping[str, int], count: 
     return found
 
 
-def too_few_prompts(name: str, there: int, count: int, wanted: int) -> str:
+def too_few_prompts(name: str, available: int, count: int, wanted: int) -> str:
     """The message for a source that has fewer prompts than an iteration of `count` prompts takes from it."""
     return (
-        f"source {name} has {there} prompts, but its share of count={count} is {wanted}, and no prompt is answered "
+        f"source {name} has {available} prompts, but its share of count={count} is {wanted}, and no prompt is answered "
         "twice in one iteration. Lower its weight or the count (in a run: prompts.per_iteration), or add more "
         "prompts."
     )

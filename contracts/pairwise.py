@@ -28,8 +28,8 @@ def question(messages: Sequence[Message], first: str, second: str, tools: Tools 
     Tools come first, as a turn of their own; tool calls follow the text of their turn; both are written as JSON. A
     prefill (the last turn) is prepended to both answers.
     """
-    messages, begun = split_prefill(messages)
-    first, second = begun + first, begun + second
+    messages, prefill = split_prefill(messages)
+    first, second = prefill + first, prefill + second
     given = "" if tools is msgspec.UNSET or not tools else f"\n<turn> tools\n {_json(tools)}"
     turns = "".join(f"\n<turn> {message.role}\n {_text(message)}" for message in messages)
     return f"[CONTEXT] \n{given}{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"

@@ -9,7 +9,7 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 HALF = ("bfloat16", "float16")
 
 
-def resolve_dtype(asked: str, *, on_gpu: bool, sampled: Path | None = None) -> str:
+def resolve_dtype(dtype: str, *, on_gpu: bool, sampled: Path | None = None) -> str:
     """Resolve the `dtype` of a stage's config for a model.
 
     `auto` is bfloat16 on a GPU. On a CPU it is float32, because training, and the log-probabilities that training
@@ -20,8 +20,8 @@ def resolve_dtype(asked: str, *, on_gpu: bool, sampled: Path | None = None) -> s
     Args:
         sampled: the directory of a model that is only sampled from.
     """
-    if asked != "auto":
-        return asked
+    if dtype != "auto":
+        return dtype
     if on_gpu or (sampled is not None and stored_dtype(sampled) in HALF and computes_bfloat16()):
         return "bfloat16"
     return "float32"

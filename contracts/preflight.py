@@ -125,12 +125,12 @@ def examine(request: PreflightRequest) -> PreflightReport:
     """Check all stages of a request; duplicate findings are dropped."""
     report = PreflightReport()
     found: dict[Finding, None] = {}
-    for asked in request.stages:
-        stage = stages_of(asked.package)[asked.command]
+    for requested in request.stages:
+        stage = stages_of(requested.package)[requested.command]
         assert stage.preflight is not None
         check = load(stage.preflight)
-        config = variant(stage.config, asked.config, asked.name).model_validate(asked.config)
-        inspected = Inspected(asked.name, config, frozenset(asked.made), request.conversations, report)
+        config = variant(stage.config, requested.config, requested.name).model_validate(requested.config)
+        inspected = Inspected(requested.name, config, frozenset(requested.made), request.conversations, report)
         found |= dict.fromkeys(findings_of(functools.partial(check, inspected)))
     report.findings = list(found)
     return report

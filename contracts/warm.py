@@ -201,12 +201,12 @@ class _Server:
         child = next(waiting, None) if request.label else None
         if child is None or child.channel is None:
             return False
-        begun = b""
+        answer = b""
         with contextlib.suppress(OSError):
             child.channel.settimeout(BEGIN_SECONDS)
             socket.send_fds(child.channel, [msgspec.json.encode(request) + b"\n"], [log])
-            begun = child.channel.recv(len(BEGUN))
-        if begun != BEGUN:  # it has died, or hangs
+            answer = child.channel.recv(len(BEGUN))
+        if answer != BEGUN:  # it has died, or hangs
             self.end(child)
             return False
         child.client = connection

@@ -260,8 +260,8 @@ def _wait_for_rank_0(context: Context) -> None:
     if context.rank == 0:
         (publication.state / mark).touch()
     else:  # rank 0 may not have created the directory yet, or may have finished and renamed it already
-        begun = publication.directory / "state" / mark
-        _wait(lambda: begun.exists() or publication.target.exists(), "rank 0 to begin", 300)
+        started = publication.directory / "state" / mark
+        _wait(lambda: started.exists() or publication.target.exists(), "rank 0 to begin", 300)
 
 
 def _wait_for_all(context: Context, work: Work) -> None:
