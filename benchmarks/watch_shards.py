@@ -41,31 +41,31 @@ def watch() -> None:
 
         return call
 
-    work = workers._run_worker
+    run_worker = workers._run_worker
 
-    def new_work(context: Any, names: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
-        def new_open() -> Callable[[str], None]:
+    def timed_worker(context: Any, names: list[str], open_worker: Callable[[], Callable[[str], None]]) -> None:
+        def timed_open() -> Callable[[str], None]:
             with timed("open"):
-                make = open_worker()
+                compute = open_worker()
 
-            def new_make(name: str) -> None:
+            def timed_make(name: str) -> None:
                 with timed("make"):
-                    make(name)
+                    compute(name)
                 shards.append(name)
 
-            return new_make
+            return timed_make
 
         with timed("loop"):
-            work(context, names, new_open)
+            run_worker(context, names, timed_open)
 
-    workers._run_worker = new_work
+    workers._run_worker = timed_worker
     Publication.write_rows = measured("write", Publication.write_rows)  # type: ignore[method-assign]
 
-    def leave() -> None:
+    def write_measurements() -> None:
         text = json.dumps({"shards": shards, "cpu": time.process_time(), "ended": time.time(), **spent})
         Path(os.environ[FOLDER], f"{socket.gethostname()}-{os.getpid()}.json").write_text(text)
 
-    atexit.register(leave)
+    atexit.register(write_measurements)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
