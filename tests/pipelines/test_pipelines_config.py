@@ -19,6 +19,8 @@ from pipelines.config.run import RunConfig
 from pipelines.iteration import build_graph
 from pipelines.main import main
 
+ROOT = Path(__file__).parents[2]
+
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run the command, which must fail by the user's mistake, and return its message."""
@@ -329,3 +331,31 @@ def test_all_patterns_of_configurations_are_in_words() -> None:
     assert (
         set(map(json.loads, re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema))) <= PATTERN_DESCRIPTIONS.keys()
     )
+
+
+def test_a_tilde_is_the_home_directory_wherever_a_run_takes_a_path(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data, models, functions and files with a section; the stages are told the whole path."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "layout.yaml").write_text("strategy: separation\n")
+    (home / "loss.py").write_text((ROOT / "training/algorithms/dpo.py").read_text())
+    config = load_run_config(
+        smallest,
+        [
+            "policy=~/model", "prompts.train.source=~/train.jsonl", "scorers.gold.function=~/rules.py:judge",
+            "scorers.gold.inputs=[~/words.txt]", "pairs.strategy=~/choice.py:choose", "directory=~/runs",
+            "environments.training.python=~/venv/bin/python", "placement=~/layout.yaml",
+            "hooks={tell: {function: '~/hooks.py:tell'}}", "training.algorithm=~/loss.py",
+        ],
+    )  # fmt: skip
+    assert (config.policy, config.prompts.sources["train"].source) == (f"{home}/model", home / "train.jsonl")
+    gold = config.scorers["gold"].model_dump()
+    assert (gold["function"], gold["inputs"]) == (f"{home}/rules.py:judge", [home / "words.txt"])
+    assert (config.pairs.strategy, config.directory) == (f"{home}/choice.py:choose", home / "runs")
+    assert config.environments.training.python == f"{home}/venv/bin/python"
+    assert config.placement.strategy == "separation"
+    assert config.hooks["tell"].function == f"{home}/hooks.py:tell"
+    assert config.training.algorithm == f"{home}/loss.py"
