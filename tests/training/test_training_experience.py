@@ -334,7 +334,7 @@ def change_completion(**fields: Any) -> Callable[[str, list[Any]], list[Any]]:
             "two samples with the same index",
         ),
         ("remax", change_row("greedy_rollouts", 2, prompt_ids=(1, 2)), "other token ids for prompt prompt-002"),
-        ("remax", lambda name, rows: rows if name != "greedy_rollouts" else make_rollouts(8, 1), "does not have exactly one greedy"),
+        ("remax", lambda name, rows: rows if name != "greedy_rollouts" else make_rollouts(8, 1), "exactly one greedy"),
     ],
 )  # fmt: skip
 def test_what_is_not_of_the_same_tokens_is_refused(

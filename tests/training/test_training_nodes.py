@@ -382,7 +382,7 @@ def test_the_wrong_nodes_are_refused(talk: Callable[[int], Talk]) -> None:
     assert [type(error) for error in found[1:3]].count(UserError) == 1
     assert any("has NODE_RANK=1, like another node that has joined" in str(error) for error in found[1:3])
     assert isinstance(found[3], UserError)
-    assert "of another training (another one) than node 0" in str(found[3])
+    assert "belongs to another training (another one) than node 0" in str(found[3])
 
 
 @pytest.mark.parametrize("asked", [0, 1])
