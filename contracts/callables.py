@@ -218,8 +218,8 @@ class _Outline:
 
 def _folders(module: str) -> list[Path]:
     """The directories of the user's own modules: the working directory, and the directory of a named file."""
-    beside = [Path(module).absolute().parent] if module.endswith(".py") else []
-    return list(dict.fromkeys([Path.cwd(), *beside]))
+    parent = [Path(module).absolute().parent] if module.endswith(".py") else []
+    return list(dict.fromkeys([Path.cwd(), *parent]))
 
 
 def _own_imports(file: Path, outline: _Outline, folders: list[Path]) -> Iterator[tuple[str, Path]]:

@@ -224,9 +224,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
         except csv.Error as error:
             raise UserError(f"{path}, row {number}: not valid CSV: {error}. {AGAIN}") from error
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, behind row {number}: not UTF-8 text: {error.reason}. Save it as UTF-8."
-            ) from error
+            raise UserError(f"{path}, after row {number}: not UTF-8 text: {error.reason}. Save it as UTF-8.") from error
 
 
 def _comma(path: Path) -> Iterator[Row]:
@@ -252,13 +250,13 @@ def _parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield f"{path}, row {number}", row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, behind row {number}: a text is not UTF-8: {error.reason}. {AGAIN}") from error
+        raise UserError(f"{path}, after row {number}: a text is not UTF-8: {error.reason}. {AGAIN}") from error
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if number == 0 and not _has_parquet_ends(path):
             raise UserError(f"{path} is not a Parquet file, or cut off: {first_line(error)}. {AGAIN}") from error
-        raise UserError(f"{path} {DAMAGED} behind row {number}: {first_line(error)}. {AGAIN}") from error
+        raise UserError(f"{path} {DAMAGED} after row {number}: {first_line(error)}. {AGAIN}") from error
 
 
 def _has_parquet_ends(path: Path) -> bool:

@@ -71,7 +71,7 @@ class PairwiseChat:
             if single and first != second and tokenizer.unk_token_id not in (*first, *second):
                 return first[0], second[0]
         raise UserError(
-            f"the tokenizer of {self.path} has no single token for each of the labels {' and '.join(LABELS)} behind "
+            f"the tokenizer of {self.path} has no single token for each of the labels {' and '.join(LABELS)} after "
             "its generation prompt, so it cannot be a pairwise preference model. Take a model whose tokenizer has them."
         )
 

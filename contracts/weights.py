@@ -74,8 +74,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for tensor in sorted(found.values(), key=lambda each: (each.start, each.end)):
         if tensor.start != place:
             raise UserError(
-                f"{file} is damaged: {tensor.name} begins at byte {tensor.start}, and not at {place}, right behind "
-                f"what is before it. {AGAIN}"
+                f"{file} is damaged: {tensor.name} begins at byte {tensor.start} instead of {place}, where "
+                f"the previous tensor ends. {AGAIN}"
             )
         place = tensor.end
     return found

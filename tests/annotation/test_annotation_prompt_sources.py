@@ -102,7 +102,7 @@ def test_a_damaged_save_to_disk_directory_names_the_file(tmp_path: Path, damage:
     ("begin", "end", "expected"),
     [
         (0.0, 0.5, "not a Parquet file, or cut off"),
-        (0.55, 0.75, "is cut off or damaged behind row 8192"),
+        (0.55, 0.75, "is cut off or damaged after row 8192"),
         (0.995, 0.999, "a.parquet"),
     ],
 )
@@ -120,7 +120,7 @@ def test_damaged_parquet_names_the_file_and_where(tmp_path: Path, begin: float, 
 def test_parquet_with_what_is_no_text(tmp_path: Path) -> None:
     column = pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"question": column}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, behind row 0: a text is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.parquet, after row 0: a text is not UTF-8"):
         list(read_rows(str(tmp_path / "a.parquet"), "train"))
 
 
