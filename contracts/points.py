@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 REPORTS = "metrics-*.jsonl"
 """Pattern of the report files in an attempt's directory, one per process."""
 
-KEY = 12
+KEY_LENGTH = 12
 """Number of characters of the stage key in a point."""
 
 Unit = Literal["step", "shard", "stage"]

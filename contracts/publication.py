@@ -37,8 +37,8 @@ from contracts.records import Schema
 
 WORTH_KEEPING = ("*.safetensors", "judged-*.jsonl", "paid-*.jsonl")
 """Files of the folder `state` that are kept after a user's mistake, because they were expensive to compute."""
-NAMED = 3
-"""Maximum number of shards that a message names."""
+MOST_NAMED = 3
+"""Maximum number of shards that a message lists."""
 
 
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +151,7 @@ class Publication:
             (self.directory / _receipt_name(name)).unlink(missing_ok=True)
             (self.directory / name).unlink(missing_ok=True)
         if dropped:
-            names = ", ".join(dropped[:NAMED]) + (", ..." if len(dropped) > NAMED else "")
+            names = ", ".join(dropped[:MOST_NAMED]) + (", ..." if len(dropped) > MOST_NAMED else "")
             print(f"{len(dropped)} shards were computed from a different input, and are recomputed: {names}")
         return dropped
 

@@ -28,7 +28,7 @@ from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.locks import take_lock, try_lock
 from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
-from contracts.publication import NAMED, Publication
+from contracts.publication import MOST_NAMED, Publication
 from contracts.stage import Context
 from contracts.versions import source_version
 from contracts.warm import REPLICA
@@ -144,7 +144,7 @@ def _missing(publication: Publication, shards: list[str]) -> list[str]:
 
 def _require_none(missing: list[str], count: int) -> None:
     if missing:
-        names = ", ".join([*missing[:NAMED], *(["..."] if len(missing) > NAMED else [])])
+        names = ", ".join([*missing[:MOST_NAMED], *(["..."] if len(missing) > MOST_NAMED else [])])
         raise TransientError(
             f"{len(missing)} of {count} shards are missing: {names}; the tasks that had them ended. Tasks that are "
             "started again compute only these."

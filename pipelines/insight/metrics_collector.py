@@ -18,7 +18,7 @@ import msgspec
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST, Manifest
-from contracts.points import KEY, REPORTS, Point, Report, decode_reports
+from contracts.points import KEY_LENGTH, REPORTS, Point, Report, decode_reports
 from contracts.tailing import complete_lines
 from pipelines.execution.attempts import decision_of
 from pipelines.graph import Graph, Node, name_of
@@ -54,7 +54,7 @@ class Collector:
             self.collect(stage)
             return
         manifest = Artifact.open(node.output).manifest
-        if (stage, manifest.key[:KEY], "stage", 0) in self._stream.known:
+        if (stage, manifest.key[:KEY_LENGTH], "stage", 0) in self._stream.known:
             return
         points = list(self._reported(node, manifest.key))
         if node.stage.step_log:
@@ -111,7 +111,7 @@ class Collector:
             point=0,
             time=report.time,
             stage=node.name,
-            key=key[:KEY],
+            key=key[:KEY_LENGTH],
             unit=report.unit,
             number=report.number,
             iteration=node.iteration or 0,

@@ -32,7 +32,7 @@ from contracts.fingerprint import file_sha256
 from contracts.following import Producer
 from contracts.jsonl import read_jsonl, write_jsonl
 from contracts.manifest import MANIFEST, Manifest
-from contracts.points import KEY, REPORTS, Report, read_points
+from contracts.points import KEY_LENGTH, REPORTS, Report, read_points
 from contracts.processes import kill, pids_with_variable
 from contracts.publication import finished_in, receipt_in
 from contracts.records import Rollout, Score
@@ -214,7 +214,9 @@ def test_whoever_is_killed_goes_on_with_its_finished_shards(tmp_path: Path, smal
     collector.finish("reward")
     collector.finish("reward")
     points = [(point.unit, point.key) for point in read_points(scene.run.path)]
-    assert sorted(points) == [(unit, Artifact.open(scene.scores).manifest.key[:KEY]) for unit in ("shard", "stage")]
+    assert sorted(points) == [
+        (unit, Artifact.open(scene.scores).manifest.key[:KEY_LENGTH]) for unit in ("shard", "stage")
+    ]
     assert not list(scene.run.path.glob(".*.partial-*"))
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from contracts.points import KEY, Point
+from contracts.points import KEY_LENGTH, Point
 from pipelines.insight.hooks.task import EvaluatedPolicy
 from pipelines.run.events import (
     FILE,
@@ -115,7 +115,7 @@ class OwnStages:
         """Whether a point comes from a stage of this run. A stage's start is recorded before its first point."""
         if (found := (point.stage, point.key)) not in self._stages:
             started = (event for event in self._events.news() if isinstance(event, StageStarted | StagePublished))
-            self._stages.update((event.stage, event.key[:KEY]) for event in started)
+            self._stages.update((event.stage, event.key[:KEY_LENGTH]) for event in started)
         return found in self._stages
 
 
