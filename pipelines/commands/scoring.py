@@ -180,7 +180,7 @@ def _reasons_file(node: Node) -> Path:
 
 
 def _reasons(nodes: list[Node]) -> dict[ResponseKey, str]:
-    """Why the last scorer has not scored a response, with the reasons of the scorers that it is composed of."""
+    """Reasons why the last scorer has not scored a response, with those of the scorers that it is composed of."""
     found: dict[ResponseKey, str] = {}
     for node in nodes:
         before, found = found, {}

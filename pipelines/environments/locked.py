@@ -59,7 +59,7 @@ class Locked:
 
     @property
     def label(self) -> str:
-        """Its name, with its variant if it has several."""
+        """The environment's name, with the variant if there are several."""
         return self.name if self.name == TRACKING else f"{self.name}-{self.variant}"
 
     @property
@@ -84,14 +84,14 @@ class Locked:
 
     @property
     def directory(self) -> Path:
-        """Its directory, which may not be built yet."""
+        """The environment's directory, which may not be built yet."""
         digest = hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()
         python = f"py{sys.version_info.major}{sys.version_info.minor}"
         return home() / "environments" / f"{self.label}-{python}-{digest[:12]}"
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The environment's interpreter."""
         return self.directory / "bin" / "python"
 
     @property

@@ -61,5 +61,5 @@ def uv_variables(pip: Mapping[str, str], environ: Mapping[str, str], variant: st
 
 
 def uv_options(pip: Mapping[str, str]) -> list[str]:
-    """Those of pip's settings that uv accepts only as command-line options."""
+    """Command-line options of uv for pip's settings that have no environment variable."""
     return ["--no-index"] if pip.get("no-index", "").lower() in ("1", "true", "yes", "on") else []

@@ -15,7 +15,7 @@ from contracts.fingerprint import digest, file_sha256
 
 HOME = "RATCHET_HOME"
 UNUSED_SECONDS = 60 * 24 * 3600.0
-"""How long an unused copy of the code is kept."""
+"""Time after which an unused copy of the code is deleted."""
 IN_WHEEL = "pipelines/configs"
 """The place of the folder configs/ in a wheel, as set in pyproject.toml."""
 

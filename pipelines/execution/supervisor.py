@@ -62,7 +62,7 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     driver: tuple[int, str] | None
     """Process id and start time of the driver, with which the stage ends. None: the stage outlives the driver."""
     grace_seconds: float = DEFAULT_GRACE
-    """How long the stage may continue with work in hand after it is asked to stop."""
+    """Time for which the stage may continue after it is asked to stop."""
     stall_seconds: float | None = None
     """Time without output or heartbeat after which a stage is ended; None: no limit."""
     first_on_path: str = ""
@@ -78,7 +78,7 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     warm_source: str = ""
     """Source version that the warm process must have imported."""
     warm_seconds: float = 0.0
-    """How long to wait for the warm process."""
+    """Maximum time to wait for the warm process."""
     label: str = ""
     """Label of stages that can reuse what one of them has loaded (contracts/declaration.py)."""
 

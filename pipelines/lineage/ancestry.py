@@ -48,7 +48,7 @@ def _input(index: Index, link: Link) -> tuple[dict[str, Any], tuple[Index, Artif
 
 
 def description(artifact: Artifact) -> dict[str, Any]:
-    """How an artifact was made, from its manifest."""
+    """The provenance of an artifact as plain data, from its manifest."""
     manifest = artifact.manifest
     parts = manifest.key_parts
     config = dict(parts.get("config", {}))

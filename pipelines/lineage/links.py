@@ -28,7 +28,7 @@ class Link:
     """The input's name; NAME[0], NAME[1] and so on for elements of a list."""
     digest: str
     path: str
-    """Its former path: absolute, or as the user gave it, or hf:ORG/NAME."""
+    """The input's path when it was read: absolute, or as the user gave it, or hf:ORG/NAME."""
     read: str
     """Time of publication of the artifact that read it."""
 
@@ -54,7 +54,7 @@ class ResolvedLink:
     again: bool = False
     """Whether its recorded path now has a newer artifact of the same content; `artifact` is the one that was read."""
     error: str = ""
-    """Why it cannot be read."""
+    """The error, if it cannot be read."""
 
 
 def links_of(manifest: Manifest) -> list[Link]:
@@ -225,7 +225,7 @@ class Index:
 
 
 def _version_read(versions: list[Artifact], link: Link) -> Artifact:
-    """Of several artifacts with a link's content, the one that was read: the newest not newer than its reader."""
+    """The artifact that was read, of several with a link's content: the newest that is not newer than its reader."""
     earlier = [version for version in versions if version.manifest.created <= link.read]
     return max(earlier or versions, key=lambda version: version.manifest.created)
 

@@ -47,7 +47,7 @@ class OriginRow(NamedTuple):
     artifact: Artifact
     shard: str
     number: int
-    """Its number among all rows of the artifact, from 1."""
+    """The row's number among all rows of the artifact, from 1."""
     record: Any
 
 
@@ -250,7 +250,7 @@ class Search:
 
 
 def _sampling_of(answer: Completion | None) -> dict[str, Any]:
-    """How a response was sampled; values are None if its rollouts are gone."""
+    """The sampling parameters and statistics of a response; values are None if its rollouts are gone."""
     if answer is None:
         return {"tokens": None, "seed": None, "sampling": None, "mean_logprob": None}
     return {

@@ -37,7 +37,7 @@ from pipelines.text import echo, format_megabytes, plural
 DERIVED = (SCORES, PAIRS, EXPERIENCE)
 """Schemas of artifacts whose rows are derived from rollouts."""
 SHOWN = 5
-"""How many contradictions are listed per rollouts artifact; the others are counted."""
+"""Maximum number of contradictions listed per rollouts artifact; the others are counted."""
 
 
 @dataclass

@@ -146,7 +146,7 @@ class JobEnded(StageEvent, frozen=True, tag="job ended"):
 
     job: str
     text: str
-    """How it ended, in words."""
+    """The ending in words."""
     ended: float | None = None
     """Seconds since 1970, if known."""
     requeued: bool = False

@@ -63,7 +63,7 @@ def set_aside(run: Path, graph: Graph, stages: list[str]) -> None:
 
 
 def report_forced(run: Path, graph: Graph) -> list[str]:
-    """For each forced stage, a line that tells whether its new output is identical; deletes the record."""
+    """Delete the record of forced stages. Returns a line for each that tells whether its new output is identical."""
     lines = []
     for name, old in _read(run).items():
         if name not in graph.nodes or not (graph.nodes[name].output / MANIFEST).is_file():

@@ -74,7 +74,7 @@ def unpushed(run: RunDirectory, graph: Graph, hub: HubSection | None) -> set[str
 def why_kept(
     run: Path, graph: Graph, published: Collection[str], keep: str, waiting: Collection[str] = ()
 ) -> dict[str, str | None]:
-    """For each checkpoint of an iteration that has its weights: why they are kept, or None if they may be deleted.
+    """The reason to keep the weights of each checkpoint of an iteration that has them; None if they may be deleted.
 
     Args:
         published: stages that will not run again as things stand.

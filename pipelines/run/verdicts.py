@@ -20,7 +20,7 @@ class Verdict:
     reuse: bool
     reason: str
     rebuild: bool = False
-    """It runs only because its weights were deleted and are needed."""
+    """Whether it runs only because its weights were deleted and are needed."""
 
 
 def reused(plan: Mapping[str, Verdict]) -> set[str]:

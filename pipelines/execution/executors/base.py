@@ -65,7 +65,7 @@ class Observation(Protocol):
 
     @property
     def error(self) -> str | None:
-        """Why their state is unknown, if the scheduler does not answer."""
+        """The reason why the state is unknown, if the scheduler does not answer."""
         ...
 
     @property
@@ -130,7 +130,7 @@ class Executor(ABC):
     """Starts supervisors of one kind for one run. Subclasses have to define `submit` only."""
 
     kind: ClassVar[str]
-    """Its name, which is that of its module."""
+    """Name of the executor and of its module."""
     outlives_driver: ClassVar[bool] = False
     """Whether its jobs continue after the driver has ended; the next command adopts them."""
 

@@ -28,9 +28,9 @@ from pipelines.run.events import JobEnded
 MIN_WARM_STAGES = 2
 """Minimum number of remaining stages with models for which a warm process is started."""
 IMPORT_SECONDS = 120.0
-"""How long a stage with a model waits for the imports; its own would take as long."""
+"""Maximum time that a stage with a model waits for a warm process to import; its own imports would take as long."""
 START_SECONDS = 5.0
-"""How long a supervisor waits for its imports."""
+"""Maximum time that a supervisor waits for a warm process to import."""
 SUPERVISOR_PACKAGE = "pipelines"
 
 

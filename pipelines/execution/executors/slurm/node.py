@@ -28,7 +28,7 @@ from pipelines.execution.executors.slurm.task import EXIT_CODES, Duty, SlurmTask
 from pipelines.execution.supervisor import DECISION, supervise
 
 RENDEZVOUS_SECONDS = 300.0
-"""How long the nodes of a job wait for the first of them."""
+"""Maximum time that the nodes of a job wait for the first of them."""
 SIGNAL_MARGIN_SECONDS = 150.0
 """Maximum time in seconds between Slurm's preemption signal and the start of the grace period: our margin, and the
 granularity of Slurm's clock."""
@@ -143,7 +143,7 @@ def _preemption(known: dict[str, str]) -> str | None:
 
 
 def _why_stopped(known: dict[str, str], grace: float) -> str:
-    """Why Slurm has sent its preemption signal to a job with these details."""
+    """The reason for Slurm's preemption signal to a job with these details."""
     left = scheduler.seconds_left(known)
     if preemption := _preemption(known):
         return preemption

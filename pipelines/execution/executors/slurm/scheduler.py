@@ -23,7 +23,7 @@ PATIENCE = 600.0
 """Seconds to keep asking a controller that does not answer."""
 PAUSE = 5.0
 ACCOUNTING_LAG_SECONDS = 10.0
-"""How long accounting may take to record the end of a job."""
+"""Maximum time that accounting takes to record the end of a job."""
 NO_ANSWER = (
     "unable to contact slurm controller",
     "socket timed out",
