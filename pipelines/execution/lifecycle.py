@@ -48,7 +48,7 @@ from pipelines.run.events import (
 )
 from pipelines.run.gates import decision_after
 from pipelines.run.retention import Retention, may_be_released
-from pipelines.run.superseded import drop_partials, drop_replaced, move_outputs
+from pipelines.run.superseded import delete_partials, delete_replaced, move_outputs
 
 
 class Lifecycle:
@@ -91,7 +91,7 @@ class Lifecycle:
         if self._recorded.get(node.name) == decision.key:
             self._repeated.append(event)
         else:  # also if a driver was killed before `finalize`
-            drop_partials(node)
+            delete_partials(node)
             self.run.record(event)
 
     @functools.cached_property
@@ -141,7 +141,7 @@ class Lifecycle:
                 "command again.",
                 1,
             )
-        drop_partials(node)
+        delete_partials(node)
         with contextlib.suppress(TransientError):  # the request was deleted
             asked, ran = request_of(attempt).source, artifact.manifest.versions.get("ratchet", "")
             if ran != asked:
@@ -152,7 +152,7 @@ class Lifecycle:
         self._profile(node, attempt)
         if (decision := decision_after(node)) is not None and decision.text:
             self.run.record(GateDecided(stage=node.name, action=decision.action, text=decision.text))
-        return [] if drop_replaced(node, key, self.run.path) else self._invalidated(node)
+        return [] if delete_replaced(node, key, self.run.path) else self._invalidated(node)
 
     def _profile(self, node: Node, attempt: Path) -> None:
         """Add a stage's timing to the profiles. These only serve predictions: an error is recorded once, and the run
@@ -195,13 +195,13 @@ class Lifecycle:
         self.run.record(event)
         return ending, pause
 
-    def concerns_retention(self, node: Node) -> bool:
+    def affects_retention(self, node: Node) -> bool:
         """Whether retention may delete or compress something now that this stage is published."""
         return may_be_released(node) or node.stage.name in ("evaluation", "checkpoint-evaluation")
 
     def retain(self, node: Node, published: Collection[str]) -> None:
         """Apply retention after a stage has published."""
-        if self.concerns_retention(node):
+        if self.affects_retention(node):
             self.retention.apply(published)
 
 

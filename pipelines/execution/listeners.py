@@ -40,18 +40,18 @@ class Broadcast:
     def _notify(self, events: list[Event]) -> None:
         self._notified = time.monotonic()
         for listen in list(self._listeners):
-            self._guarded(listen, functools.partial(listen, events))
+            self._call(listen, functools.partial(listen, events))
 
     def close(self) -> None:
         """Pass the last events to the listeners and close those that have a method `close`."""
         self._notify(self._reader.news())
         closing = [(listen, close) for listen in self._listeners if (close := getattr(listen, "close", None))]
         for listen, close in closing:
-            self._guarded(listen, close)
+            self._call(listen, close)
         self._listeners = [listen for listen in self._listeners if not hasattr(listen, "close")]
         self._notify(self._reader.news())  # events recorded meanwhile, for the others
 
-    def _guarded(self, listen: Listen, call: Callable[[], None]) -> None:
+    def _call(self, listen: Listen, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:

@@ -26,7 +26,7 @@ def move_outputs(node: Node, decision: Decision, run: Path) -> None:
     if (node.output / MANIFEST).is_file():
         old = Artifact.open(node.output).manifest.key
         if old == decision.key and decision.reuse:
-            drop_replaced(node, old, run)
+            delete_replaced(node, old, run)
             return
         aside = superseded_path(run, node, old)
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def move_outputs(node: Node, decision: Decision, run: Path) -> None:
         lender_file(place).unlink(missing_ok=True)
 
 
-def drop_replaced(node: Node, key: str, run: Path) -> bool:
+def delete_replaced(node: Node, key: str, run: Path) -> bool:
     """Delete the old output of a released stage that has run again. Returns whether the new content is the same.
 
     A stage that follows another may also reproduce an output kept here: its key is known only when the other ends.
@@ -54,7 +54,7 @@ def drop_replaced(node: Node, key: str, run: Path) -> bool:
     return same
 
 
-def drop_partials(node: Node) -> None:
+def delete_partials(node: Node) -> None:
     """Delete the partial outputs of attempts under other keys, after a stage has published."""
     for path in node.output.parent.glob(f".{node.output.name}.partial-*"):
         shutil.rmtree(path)

@@ -26,13 +26,13 @@ from pipelines.execution.executors.slurm.events import job_events, record_missed
 from pipelines.execution.executors.slurm.jobs import (
     RECORD,
     Jobs,
+    cancel_unrecorded,
     clear_folders,
-    end_unknown,
+    copy_output,
     jobs_of,
-    keep_output,
     last_jobs,
-    request_for,
     submit,
+    write_job_request,
 )
 from pipelines.execution.executors.slurm.scheduler import SchedulerError
 from pipelines.execution.executors.slurm.task import FAILED, RETRIED, SlurmTask
@@ -87,7 +87,7 @@ def submit_all(site: Site, plan: dict[str, Verdict]) -> dict[str, Jobs]:
     """Submit the stages that have to run and have no jobs yet. Returns the new jobs by stage, in order."""
     run, graph = site.run, site.graph
     with run.submit_lock():
-        live = end_unknown(run.path)
+        live = cancel_unrecorded(run.path)
         record_missed(run, live)
         run.record(RunStarted(stages=len(graph.nodes), by="Slurm"))
         return submit_missing(site, plan, live)
@@ -119,7 +119,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
             scheduler.cancel(known.ids)
             after_end = [id for id in known.ids if id in live]
         attempt = run.new_attempt(node.name)
-        request_for(node, attempt, site)
+        write_job_request(node, attempt, site)
         if plan[node.name].rebuild:
             (attempt / REBUILD_MARK).write_text(plan[node.name].reason)
         after = predecessors(run, node, live)
@@ -127,7 +127,7 @@ def submit_missing(site: Site, plan: dict[str, Verdict], live: set[str]) -> dict
             new[node.name] = submit(node, attempt, site, detached=True, after=after, after_end=after_end)
         except SchedulerError as error:
             scheduler.cancel([id for jobs in new.values() for id in jobs.ids])
-            end_unknown(run.path)
+            cancel_unrecorded(run.path)
             raise SchedulerError(
                 f"{error}. The jobs submitted before were cancelled; fix the cause and run the command again."
             ) from error
@@ -226,12 +226,12 @@ def finalize(task: SlurmTask, entry: JobEntry) -> int:
     for event in job_events(node.name, attempt, jobs.tasks, published=published):
         run.record(event)
         print(event.text)
-    keep_output(attempt, run.path)
+    copy_output(attempt, run.path)
     decision = decision_of(attempt)
     with run.submit_lock():
         code = _retry(context) if decision is None or not published else _published(context, decision)
         clear_folders(run.path, scheduler.live_ids(run.path))
-    if code == 0 and context.lifecycle.concerns_retention(node):
+    if code == 0 and context.lifecycle.affects_retention(node):
         _retain(context)
     complete = all((other.output / MANIFEST).is_file() for other in graph.nodes.values())
     if code == RunStoppedError.exit_code:
@@ -254,7 +254,7 @@ def _published(context: JobContext, decision: Decision) -> int:
     site = context.site
     continues = not (site.run.path / CANCEL).exists()
     if continues and any(gate.do == "rollback" for gate in site.config.gates.values()):
-        submit_missing(site, verdicts(site.graph, site.config, []), end_unknown(site.run.path))
+        submit_missing(site, verdicts(site.graph, site.config, []), cancel_unrecorded(site.run.path))
     return 0
 
 
@@ -287,7 +287,7 @@ def _retry(context: JobContext) -> int:
     if latest == attempt or jobs_of(latest) is None:  # otherwise this job was killed after submitting, and restarted
         next_attempt = run.new_attempt(node.name)
         (next_attempt / RETRY_MARK).touch()
-        request_for(node, next_attempt, context.site)
+        write_job_request(node, next_attempt, context.site)
         jobs = submit(node, next_attempt, context.site, detached=True, pause=pause)
         run.record(StageSubmitted(stage=node.name, attempt=next_attempt.name, jobs=jobs.ids))
     queue = scheduler.queue(run.path)

@@ -19,15 +19,15 @@ from pipelines.execution.executors.slurm.checks import check_slurm
 from pipelines.execution.executors.slurm.events import job_events, missed_events, record_missed
 from pipelines.execution.executors.slurm.jobs import (
     Jobs,
+    cancel_unrecorded,
     clear_folders,
-    end_unknown,
+    copy_output,
     job_logs,
     jobs_of,
-    keep_output,
     last_jobs,
-    request_for,
     submit,
     unfinished_jobs,
+    write_job_request,
 )
 from pipelines.execution.executors.slurm.scripts import write_dry_run
 from pipelines.graph import Node
@@ -61,7 +61,7 @@ class SlurmExecutor(Executor):
     @property
     def _queue(self) -> "Queue":
         if self._watched is None:
-            self._watched = Queue(self.run.path, end_unknown(self.run.path))
+            self._watched = Queue(self.run.path, cancel_unrecorded(self.run.path))
         return self._watched
 
     def check(self) -> None:
@@ -88,7 +88,7 @@ class SlurmExecutor(Executor):
 
     def submit(self, node: Node, attempt: Path) -> Job:
         """Submit the jobs of an attempt."""
-        request_for(node, attempt, self.site)
+        write_job_request(node, attempt, self.site)
         jobs = submit(node, attempt, self.site)
         self._queue.expect(jobs)
         return AttachedJob(node, jobs, attempt, self._queue)
@@ -207,7 +207,7 @@ class AttachedJob:
 
     def clear(self) -> list[JobEnded]:
         """Keep the jobs' output in the attempt. Returns their events."""
-        keep_output(self._attempt, self._queue.run)
+        copy_output(self._attempt, self._queue.run)
         published = exists_uncached(self._node.output / MANIFEST)
         return job_events(self._node.name, self._attempt, self._jobs.tasks, published=published)
 

@@ -82,7 +82,7 @@ def unfinished_jobs(run: RunDirectory, graph: Graph) -> dict[str, Jobs]:
     return {name: jobs for name in missing if (jobs := last_jobs(run, name)) is not None}
 
 
-def end_unknown(run: Path) -> set[str]:
+def cancel_unrecorded(run: Path) -> set[str]:
     """Cancel the run's jobs whose ids a killed command did not record.
 
     The caller holds the submit lock, so that no other process is submitting jobs of the run.
@@ -98,7 +98,7 @@ def end_unknown(run: Path) -> set[str]:
     return live & known
 
 
-def request_for(node: Node, attempt: Path, site: Site) -> None:
+def write_job_request(node: Node, attempt: Path, site: Site) -> None:
     """Write the request of an attempt that runs on the cluster."""
     resources = resources_of(node, site.config.executor)
     threads = max(1, resources.cpus // resources.processes)
@@ -156,17 +156,17 @@ def _submit(
     outside = ",".join(scheduler.nodes_outside(resources.pool_nodes)) if resources.pool_nodes else ""
     slurm = job.executor(folder, run, node.name, site.config.executor, dependency, pause or 0.0, outside)
 
-    def hand_over() -> str:
-        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # the error contains sbatch's message
+    def submit_job() -> str:
+        with _without_job_variables(), contextlib.redirect_stderr(io.StringIO()):  # the error contains sbatch's message
             if array > 1:
                 return str(slurm.map_array(perform, [task] * array)[0].job_id)
             return str(slurm.submit(perform, task).job_id)
 
-    return scheduler.retry_until_answered(f"submitting stage {node.name}", hand_over).partition("_")[0]
+    return scheduler.retry_until_answered(f"submitting stage {node.name}", submit_job).partition("_")[0]
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
+def _without_job_variables() -> Iterator[None]:
     """Remove the variables that describe the current job, so that a job submits others like a login node does."""
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env((ROLE, ATTEMPT)):
@@ -187,7 +187,7 @@ def clear_folders(run: Path, live: set[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_output(attempt: Path, run: Path) -> None:
+def copy_output(attempt: Path, run: Path) -> None:
     """Copy the output of an attempt's jobs to its logs."""
     for log in job_logs(attempt, run):
         if log.parent != attempt:

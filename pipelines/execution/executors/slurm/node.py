@@ -39,7 +39,7 @@ def perform(task: SlurmTask, entry: JobEntry) -> None:
     _record_restart(task)
     code = 0
     for duty in task.duties:
-        code = _guarded(duty, task, entry)
+        code = _run_duty(duty, task, entry)
         if code and duty == "work" and "finalize" not in task.duties:
             break
     if code:
@@ -58,7 +58,7 @@ def _record_restart(task: SlurmTask) -> None:
     RunDirectory(Path(task.run)).record(event)
 
 
-def _guarded(duty: Duty, task: SlurmTask, entry: JobEntry) -> int:
+def _run_duty(duty: Duty, task: SlurmTask, entry: JobEntry) -> int:
     """Run one duty. Errors outside the stage's own process are recorded as its failure."""
     part = Path(task.attempt, PUBLISHER if duty != "work" else f"task-{_index(task)}")
     try:
