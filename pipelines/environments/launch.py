@@ -47,8 +47,9 @@ MALLOC_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""Make glibc keep the memory of large temporaries instead of returning it and zeroing it again for every batch. Only
-for scoring, whose temporaries have similar sizes; in training, holes between them would raise its peak."""
+"""Settings with which glibc keeps the memory of large temporaries, instead of returning it and having it zeroed again
+for every batch. Only for scoring, whose temporaries have similar sizes; in training, holes between them would raise
+the peak."""
 
 
 class EnvironmentConfig(Section):
