@@ -107,10 +107,4 @@ def _require_rollback(place: str, gate: GateSection, configs: Sequence[RunConfig
     require_changeable(gate.changes, 1, f"{place}.changes")
     for config in configs:
         data = merge(config.model_dump(exclude_unset=True, exclude={"changes"}), gate.changes)
-        after = validate(type(config), data, f"with {place}.changes")
-        if (lag := config.lag or after.lag) and config.placement.streaming:
-            raise UserError(
-                f"{place}.do is rollback, and lag is {lag}, so that an iteration that a rollback changes may be "
-                "running; with placement.streaming its stages follow each other. Set placement.streaming=false, "
-                "do=stop, or lag=0."
-            )
+        validate(type(config), data, f"with {place}.changes")

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from annotation.gating.decision import GateDecision
 from contracts import stopping
+from contracts.artifacts import Artifact
 from contracts.errors import RunStoppedError, UserError
 from contracts.files import exists_uncached
 from contracts.manifest import MANIFEST
@@ -218,10 +219,13 @@ class Driver:
                 continue
             node, decision = running.node, running.decision
             published = exists_uncached(node.output / MANIFEST)
-            if decision.follows and published and not self.published.issuperset(node.needs):
-                continue  # ended before the maker of its input: handled after that
-            del self.running[node.name]
             rolled_back = node.name in self.rolled_back
+            if decision.follows and published:  # if it ended before the maker of its input, it is handled after that
+                if not rolled_back and not self.published.issuperset(node.needs):
+                    continue
+                if rolled_back and not self.running.keys().isdisjoint(node.needs):
+                    continue
+            del self.running[node.name]
             self.rolled_back.discard(node.name)
             for event in running.job.clear():
                 self.run.record(event)
@@ -230,7 +234,11 @@ class Driver:
                 if pause is None and not rolled_back:
                     self.fail(running, ending)
                 continue
-            key = self.lifecycle.decide(node).key if decision.follows else decision.key
+            key = decision.key
+            if (
+                decision.follows
+            ):  # its key was unknown when it started; if rolled back, the graph has another stage by now
+                key = Artifact.open(node.output).manifest.key if rolled_back else self.lifecycle.decide(node).key
             outdated = self.lifecycle.finalize(node, key, running.attempt)
             self.ran += 1
             self.to_rebuild.pop(node.name, None)
@@ -260,6 +268,9 @@ class Driver:
         later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
         self.published -= later
         self.rolled_back = later & self.running.keys()
+        for name in self.rolled_back:
+            if self.running[name].decision.follows:  # a maker that fails now is not retried: it could wait forever
+                self.running[name].job.cancel()
         return True
 
     def notify(self) -> None:

@@ -277,9 +277,6 @@ def test_what_the_rest_of_the_run_makes_impossible_is_refused(smallest):
     same = gates(same={"metric": "self_similarity", "above": 0.9, "do": "warn"})
     with pytest.raises(UserError, match=r"evaluation\.k=1 samples one"):
         load_run_config(smallest, [same, "evaluation.k=1"])
-    back = gates(drift={"metric": "kl", "above": 2, "do": "rollback"})
-    with pytest.raises(UserError, match=r"lag is 1, .* Set placement.streaming=false"):
-        load_run_config(smallest, [back, "lag=1", "placement.streaming=true"])
 
 
 def test_with_a_lag_the_training_waits_for_the_last_decision_and_the_sampling_for_an_earlier_one(run):

@@ -3,6 +3,7 @@
 The stages pretend to work (pretend.py); what they publish is compared with a run in which nothing is streamed.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -14,13 +15,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from pipelines_smallest import write_smallest
+import yaml
+from pipelines_slurm_run import digests as run_digests
+from pipelines_smallest import pipeline, write_pretended, write_smallest
 from pretend import SHARDS, set_seconds, write_interpreter
 
 import pipelines.execution.driver
@@ -451,6 +455,63 @@ def test_what_follows_waits_for_its_other_inputs_and_ends_after_its_maker(
     driver.running = {"reward": at_work("reward", {str(answers): Producer("1", "1")})}
     driver.collect_ended()
     assert list(driver.running) == ["reward"], "its maker's turn comes first"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"training": {"settings": {"beta": 0.3}}}, {"generation": {"top_p": 0.9}}], ids=["kept", "remade"]
+)
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_a_rollback_ends_a_scorer_that_follows_a_generation(
+    changes: dict[str, Any], fails: bool, tmp_path: Path
+) -> None:
+    """With a lag: the next iteration's generation runs when a gate rolls back, and its scorer follows it.
+
+    Whether the generation then publishes or fails, and whether its responses are still wanted, the run ends as one
+    without streaming."""
+    generation, reward, gate = (f"iteration-00{name}" for name in ("2/generation", "2/reward", "1/gate"))
+    gates = {"back": {"metric": "reward_mean", "above": 0.4, "do": "rollback", "at_most": 9, "changes": changes}}
+
+    def configured(folder: Path, *, streaming: bool, **acts: list[str]) -> tuple[Path, Path]:
+        folder.mkdir()
+        path = write_pretended(folder, executor={"parallel": 4}, **acts)
+        config = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({**config, "lag": 1, "gates": gates, "placement": {"streaming": streaming}}))
+        return path, folder / "runs" / "pretended"
+
+    path, run = configured(
+        tmp_path / "streamed", streaming=True, iteration_001__gate=["wait"], iteration_002__generation=["wait after 1"]
+    )  # fmt: skip
+
+    def events(kind: type[Event], stage: str) -> list[Any]:
+        return [event for event in RunDirectory(run).events() if isinstance(event, kind) and event.stage == stage]  # type: ignore[attr-defined]
+
+    def release(stage: str) -> None:
+        (path.parent / "interpreter" / f"release-{stage.replace('/', '-')}").touch()
+
+    def meanwhile() -> None:
+        wait(lambda: [part for part in (run / reward).parent.glob(".reward.partial-*") if finished_in(part)], "a score")
+        assert not (run / generation / MANIFEST).exists()
+        release(gate)
+        wait(lambda: events(StageFailed, reward), "the scorer is ended")
+        assert not (run / generation / MANIFEST).exists(), "it still waits"
+        if fails:
+            for pid in marked(f"{MARK}={tmp_path}"):
+                with contextlib.suppress(FileNotFoundError):  # it has ended
+                    if f"{generation}/attempt-1" in (Path("/proc") / str(pid) / "cmdline").read_text():
+                        kill(pid, signal.SIGKILL)
+        release(generation)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(meanwhile)
+        result = pipeline("run", str(path), "--iters", "3", env={**os.environ, MARK: str(tmp_path)}, timeout=SECONDS)
+        done.result()
+    assert result.returncode == 0, result.stderr
+    assert [event.kind for event in events(StageFailed, reward)] == ["stopped"]
+    plain_path, plain_run = configured(tmp_path / "plain", streaming=False)
+    result = pipeline("run", str(plain_path), "--iters", "3")
+    assert result.returncode == 0, result.stderr
+    assert run_digests(run) == run_digests(plain_run)
+    assert not [part for part in run.rglob("*") if ".partial-" in part.name]
 
 
 def start_driver(folder: Path, smallest: Path, log: Path) -> int:
