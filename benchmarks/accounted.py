@@ -101,15 +101,15 @@ def watch() -> None:
         NAMES[self._process.pid] = f"reader {log.parent.name}/{log.stem}"
 
     ReaderProcess.__init__ = named_reader  # type: ignore[method-assign]
-    guarded = Broadcast._guarded
+    call_listener = Broadcast._call
 
     def timed(self: Any, listen: Any, call: Any) -> None:
         begun = time.thread_time()
-        guarded(self, listen, call)
+        call_listener(self, listen, call)
         module = getattr(listen, "__module__", type(listen).__module__)
         LISTENERS[module] = LISTENERS.get(module, 0.0) + time.thread_time() - begun
 
-    Broadcast._guarded = timed  # type: ignore[method-assign]
+    Broadcast._call = timed  # type: ignore[method-assign]
 
 
 def record() -> dict[str, Any]:

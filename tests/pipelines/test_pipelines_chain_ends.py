@@ -28,7 +28,7 @@ def test_what_slurm_refuses_is_told_and_what_was_submitted_before_is_cancelled(t
     assert result.returncode == 2
     assert "submitting stage prompts/train failed" in result.stderr
     assert "unrecognized option '--no-such-option" in result.stderr
-    assert "What this command had submitted before was cancelled" in result.stderr
+    assert "The jobs submitted before were cancelled" in result.stderr
     assert "Traceback" not in result.stderr
     wait_for(run.is_over, 200, "all jobs end")
 
