@@ -73,10 +73,6 @@ class RankLayout:
         """The rank at a position of the mesh [pp, dp, tp]."""
         return (stage * self.dp + replica) * self.tp + part
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """The pipeline stage, replica and tensor parallel part of a rank."""
-        return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
-
     @classmethod
     def parse(cls, text: str) -> "RankLayout":
         """Parse a layout like `tp=4,pp=2`. The keys are dp, tp, pp, shard (none, rows, flat), vocab (divided, whole)

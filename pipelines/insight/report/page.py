@@ -12,7 +12,7 @@ import msgspec
 from pipelines.insight.report.data import GroupColumns, RunReport, SampleSet
 from pipelines.insight.report.expected import expected_table
 from pipelines.insight.report.length import HELD_OUT
-from pipelines.insight.report.sample_cache import SampleCache
+from pipelines.insight.report.sample_cache import SampleCache, chunk_names
 from pipelines.insight.report.samples import LEVEL
 from pipelines.insight.report.statements import duration
 from pipelines.insight.report.tables import (
@@ -66,7 +66,7 @@ def render_page(
     styles = [read_asset(name) for name in STYLES]
     size = len(data) + sum(map(len, scripts)) + sum(map(len, styles)) + 200_000
     inside = [] if live is not None else _chunks_that_fit(sets, PAGE_BYTES - size)
-    others = [name for found in sets for name in _chunk_names(found) if name not in set(inside)]
+    others = [name for found in sets for name in chunk_names(found) if name not in set(inside)]
     text = (
         environment()
         .get_template("report/assets/report.html.j2")
@@ -98,7 +98,7 @@ def _shown(sets: list[SampleSet]) -> list[SampleSet]:
         room -= len(found.columns.prompt)
         if room >= 0:
             kept.add(found.key)
-    without: dict[str, Any] = {"columns": GroupColumns(), "excerpts": {}, "chunks": []}
+    without: dict[str, Any] = {"columns": GroupColumns(), "excerpts": {}, "chunks": [], "bytes": [], "token_bytes": []}
     heldout = [one.key for one in sets if one.role == HELD_OUT]
     drawn = {*heldout[:1], *heldout[-1:], *(one.key for one in sets[-1:])}
     return [
@@ -143,10 +143,6 @@ def _chunks_that_fit(sets: list[SampleSet], room: int) -> list[str]:
 def _interest_rank(found: SampleSet) -> tuple[int, int]:
     """Sort key by interest to a reader: held-out prompts first, then the latest iterations."""
     return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
-
-
-def _chunk_names(found: SampleSet) -> list[str]:
-    return [f"{found.key}-{number}{kind}" for number in range(len(found.chunks)) for kind in ("", "t")]
 
 
 @cache

@@ -26,9 +26,9 @@ DISPATCH_SECONDS = {True: 60e-6, False: 150e-6}
 """Launch overhead of each layer and pass, on a GPU and on a CPU: a dozen kernels of 5 us, or of 12 us."""
 COLLECTIVE_SECONDS = 20e-6
 """Latency of each collective."""
-OPTIMIZER_BYTES = {True: 28, False: 12}
+OPTIMIZER_BYTES = 28
 """Bytes per parameter in an optimizer step: AdamW reads weight, gradient and two moments and writes three of them, in
-fp32; plain gradient descent reads two and writes one."""
+fp32."""
 START_SECONDS = {"generation": 15.0, "annotation": 5.0, "training": 5.0}
 """Starting the process of a stage and its imports, by package; light stages take LIGHT_START_SECONDS."""
 LIGHT_START_SECONDS = 1.0
@@ -182,7 +182,7 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
         weights = size.parameters / tp / pp * work.number * (sharing - 1) / sharing
         seconds += micro_batches * (2 + work.recomputes) * _collective(weights, sheet, across_machines=across_machines)
     owned = trained / (sharing if layout.zero else 1)
-    seconds += owned * OPTIMIZER_BYTES[True] / (BANDWIDTH_SHARE * sheet.bandwidth)
+    seconds += owned * OPTIMIZER_BYTES / (BANDWIDTH_SHARE * sheet.bandwidth)
     if "optimizer" in layout.offload:
         seconds += owned * (4 + work.number) / (LINK_SHARE * sheet.pcie)
     if "param" in layout.offload:
