@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import secrets
+import select
 import socket
 import subprocess
 import sys
@@ -36,6 +38,8 @@ LOG_TAIL_LINES = 40
 """Lines of the server's log in error messages."""
 PROFILE_SECONDS = 600.0
 """Timeout of the server for writing a trace."""
+HEALTH_SECONDS = 1.0
+"""Interval at which the server is asked for its health while it computes a response."""
 
 
 class VllmServer(UpdatableEngine):
@@ -190,17 +194,40 @@ class VllmServer(UpdatableEngine):
             RuntimeError: it responds with an error.
         """
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self._address}{path}", json.dumps(body).encode(), headers)
+        connection = http.client.HTTPConnection(self._address.partition("//")[2], timeout=seconds)
+        deadline = time.monotonic() + seconds
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:
-                return json.loads(response.read() or b"null")
-        except urllib.error.HTTPError as error:
-            problem = f"answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}"
-            raise RuntimeError(f"the vLLM server {problem}. From its log:\n{self._log_tail()}") from error
-        except OSError as error:
+            connection.request("POST", path, json.dumps(body), headers)
+            while not select.select([connection.sock], [], [], HEALTH_SECONDS)[0]:
+                if self._is_dead():
+                    raise ConnectionError("its engine has died")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not within {seconds:.0f} s")
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
             raise TransientError(
                 f"the vLLM server does not answer to {path} ({error}). From its log:\n{self._log_tail()}"
             ) from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            problem = f"answered {response.status} to {path}: {content.decode(errors='replace')[:300]}"
+            raise RuntimeError(f"the vLLM server {problem}. From its log:\n{self._log_tail()}")
+        return json.loads(content or b"null")
+
+    def _is_dead(self) -> bool:
+        """Whether the server says that its engine has died, or accepts no connections any more: then it shuts down, but
+        only when all of its connections are closed."""
+        try:
+            with urllib.request.urlopen(f"{self._address}/health", timeout=5):
+                return False
+        except urllib.error.HTTPError:
+            return True
+        except urllib.error.URLError as error:
+            return isinstance(error.reason, ConnectionRefusedError)
+        except (TimeoutError, ConnectionError):  # it may be busy
+            return False
 
     def close(self) -> None:
         """Stop the server and all of its processes."""

@@ -1,7 +1,7 @@
 """Runs the linters, the type checker and the tests, each test in the environment of the code that it tests.
 
-scripts/test.sh calls this. Without paths, four lanes run in parallel, each through one check after another, the longest
-first. That is two more than the cores that they are meant for, since many tests mostly wait, above all those of
+scripts/test.sh calls this. Without paths, six lanes run in parallel, each through one check after another, the longest
+first. That is four more than the cores that they are meant for, since many tests mostly wait, above all those of
 clusters. The output of a check is printed as a whole when it ends. With paths, checks run one after the other, and
 their output is printed immediately.
 
@@ -41,10 +41,13 @@ ENVIRONMENTS = {
 """The environment of each folder's tests."""
 FAST = "not slow and not cluster and not chaos"
 FLAGS = ("--fast", "--store-durations")
-LANES = 4
+LANES = 6
 FEW = 3
 """The most failures that may be caused by the load of other lanes: up to this many run again alone."""
 ON_CLUSTERS = re.compile(r"_(chain|chain_ends|slurm|fake_slurm|dev_slurm|one_job)\.py$")
+GROUP_SECONDS = 300.0
+FAST_GROUP_SECONDS = 150.0
+"""The duration of a group of tests if a folder is divided."""
 UNKNOWN_SECONDS = 60.0
 """The assumed duration of a folder without stored durations."""
 SHORTEST = 0.5
@@ -159,26 +162,29 @@ def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Che
 def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> dict[tuple[str, str], list[str]]:
     """Group tests by process: the paths of each group by (name, environment).
 
-    Most groups are one folder. The by far largest folder is divided: its cluster tests are one group, the others are
-    spread over three. With --fast, which runs no real cluster, all are spread, and the folders of the training
-    environment are one group, because importing its libraries takes longer than the tests of the small folders.
+    A folder whose tests take long is divided into groups of about GROUP_SECONDS; its cluster tests, which share one
+    cluster, stay together. With --fast, which runs no real cluster, the folders of the training environment are one
+    group, because importing its libraries takes longer than the tests of the small folders.
     """
     found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for folder, environment in ENVIRONMENTS.items():
         if paths:
             if chosen := [path for path in paths if path.split("/")[1] == folder]:
                 found[folder, environment] = chosen
-        elif folder == "pipelines":
-            parts = dict.fromkeys(["pipelines-1", "pipelines-2", "pipelines-3"], 0.0)
-            files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
-            for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
-                name = "pipelines-on-clusters"
-                if fast or not ON_CLUSTERS.search(file):
-                    name = min(parts, key=parts.__getitem__)
-                    parts[name] += seconds_of.get(file, 0.0)
-                found[name, environment].append(file)
-        else:
-            found["training" if fast and environment == "training" else folder, environment].append(f"tests/{folder}")
+            continue
+        files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
+        clusters = [file for file in files if folder == "pipelines" and ON_CLUSTERS.search(file)]
+        if clusters and not fast:
+            found[f"{folder}-on-clusters", environment] = clusters
+            files = [file for file in files if file not in clusters]
+        name = "training" if fast and environment == "training" else folder
+        seconds = sum(seconds_of.get(file, 0.0) for file in files)
+        count = max(1, round(seconds / (FAST_GROUP_SECONDS if fast else GROUP_SECONDS)))
+        parts = {f"{name}-{number}" if count > 1 else name: 0.0 for number in range(1, count + 1)}
+        for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
+            shortest = min(parts, key=parts.__getitem__)
+            parts[shortest] += seconds_of.get(file, 0.0)
+            found[shortest, environment].append(file)
     return dict(found)
 
 

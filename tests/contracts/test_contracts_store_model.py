@@ -212,7 +212,7 @@ def _write(target: Path, word: str, role: str | None, job: Job | None, orders: i
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.stat = asking(os.stat)  # which no audit event tells of
     stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
-    following.LOOK_SECONDS = 0
+    following.POLL_SECONDS = 0
     if role is not None:
         stopping.listen()
         os.environ.update({attempt.ROLE: role, stopping.GRACE: "600"})

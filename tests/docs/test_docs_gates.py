@@ -37,4 +37,5 @@ def test_a_reward_that_pays_for_length_is_stopped_when_answers_get_too_long(
     assert last["reward_mean"] > first["reward_mean"]
     assert last["gold_reward_mean"] < first["gold_reward_mean"]
     again = pipeline("run", "hacked.yaml", "--iters", "6")
-    assert (again.returncode, again.stderr) == (3, result.stderr)
+    # Before that, on a busy machine, what takes long is said.
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (3, result.stderr.splitlines()[-1])

@@ -166,7 +166,7 @@ if __name__ == "__main__":
     for path, word in turns[:int(sys.argv[5])]:
         if word:
             mark.write_text(word)
-            engine._patience = 5.0
+            engine._update_timeout = 5.0
         engine, start, said = held(path)
         found.append([path.name, start, said, mark.exists()])
     engine.close()
