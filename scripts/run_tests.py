@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -45,9 +45,10 @@ LANES = 6
 FEW = 3
 """The most failures that may be caused by the load of other lanes: up to this many run again alone."""
 ON_CLUSTERS = re.compile(r"_(chain|chain_ends|slurm|fake_slurm|dev_slurm|one_job)\.py$")
-GROUP_SECONDS = 300.0
+GROUP_SECONDS = 400.0
 FAST_GROUP_SECONDS = 150.0
-"""The duration of a group of tests if a folder is divided."""
+CLUSTER_GROUP_SECONDS = 700.0
+"""About how long a group of tests takes if a folder is divided."""
 UNKNOWN_SECONDS = 60.0
 """The assumed duration of a folder without stored durations."""
 SHORTEST = 0.5
@@ -162,9 +163,9 @@ def test_checks(paths: list[str], options: list[str], reports: Path) -> list[Che
 def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> dict[tuple[str, str], list[str]]:
     """Group tests by process: the paths of each group by (name, environment).
 
-    A folder whose tests take long is divided into groups of about GROUP_SECONDS; its cluster tests, which share one
-    cluster, stay together. With --fast, which runs no real cluster, the folders of the training environment are one
-    group, because importing its libraries takes longer than the tests of the small folders.
+    A folder whose tests take long is divided into groups of about GROUP_SECONDS. Cluster tests are in groups of their
+    own, because each group starts a cluster. With --fast, which starts no cluster, the folders of the training
+    environment are one group, because importing its libraries takes longer than the tests of the small folders.
     """
     found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for folder, environment in ENVIRONMENTS.items():
@@ -173,19 +174,33 @@ def groups(paths: list[str], seconds_of: Mapping[str, float], *, fast: bool) -> 
                 found[folder, environment] = chosen
             continue
         files = sorted(path.relative_to(ROOT).as_posix() for path in (TESTS / folder).glob("test_*.py"))
-        clusters = [file for file in files if folder == "pipelines" and ON_CLUSTERS.search(file)]
-        if clusters and not fast:
-            found[f"{folder}-on-clusters", environment] = clusters
-            files = [file for file in files if file not in clusters]
+        clusters = [file for file in files if folder == "pipelines" and not fast and ON_CLUSTERS.search(file)]
         name = "training" if fast and environment == "training" else folder
-        seconds = sum(seconds_of.get(file, 0.0) for file in files)
-        count = max(1, round(seconds / (FAST_GROUP_SECONDS if fast else GROUP_SECONDS)))
-        parts = {f"{name}-{number}" if count > 1 else name: 0.0 for number in range(1, count + 1)}
-        for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
-            shortest = min(parts, key=parts.__getitem__)
-            parts[shortest] += seconds_of.get(file, 0.0)
-            found[shortest, environment].append(file)
+        for part, group in divided(
+            name,
+            [file for file in files if file not in clusters],
+            seconds_of,
+            FAST_GROUP_SECONDS if fast else GROUP_SECONDS,
+        ):
+            found[part, environment] += group
+        for part, group in divided(f"{name}-on-clusters", clusters, seconds_of, CLUSTER_GROUP_SECONDS):
+            found[part, environment] += group
     return dict(found)
+
+
+def divided(
+    name: str, files: list[str], seconds_of: Mapping[str, float], seconds: float
+) -> Iterator[tuple[str, list[str]]]:
+    """Divide files into named groups that take about `seconds` each, the longest file first."""
+    count = max(1, round(sum(seconds_of.get(file, 0.0) for file in files) / seconds))
+    parts: list[tuple[float, list[str]]] = [(0.0, [])] * count
+    for file in sorted(files, key=lambda file: -seconds_of.get(file, 0.0)):
+        shortest = min(range(count), key=lambda number: parts[number][0])
+        total, group = parts[shortest]
+        parts[shortest] = (total + seconds_of.get(file, 0.0), [*group, file])
+    for number, (_, group) in enumerate(parts, 1):
+        if group:
+            yield f"{name}-{number}" if count > 1 else name, group
 
 
 def test_tools() -> Path:
