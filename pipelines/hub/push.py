@@ -169,7 +169,7 @@ def report_repo(section: HubSection) -> tuple[str, Kind]:
 
 
 def _is_known(event: HubPushed | HubPushFailed, events: list[Event]) -> bool:
-    """Whether the last event about the same upload says the same."""
+    """Whether the last event about the same upload says the same; all failures that are still retried count as one."""
     for other in reversed(events):
         if isinstance(other, HubPushed | HubPushFailed) and (other.repo, other.what) == (event.repo, event.what):
             if isinstance(event, HubPushed):

@@ -13,7 +13,7 @@ from pipelines.run.events import Event, StagePublished, StageStarted
 
 
 def local_driver_costs(config: RunConfig, runs: Iterable[RunDirectory] = ()) -> DriverCosts | None:
-    """The driver's median cost in the runs of the config's directory and in others; None if it was not measured."""
+    """The driver's median time to start a stage, in the runs of the config's directory and others; None if unknown."""
     found = []
     for run in [*map(RunDirectory, runs_below(config.directory, 1)), *runs]:
         with contextlib.suppress(OSError, UserError):  # a damaged run does not count

@@ -141,8 +141,8 @@ def plan_of(
 def durations(graph: Graph, events: list[Event]) -> tuple[dict[str, float], set[str]]:
     """The expected duration of each stage, and the roles with measured durations.
 
-    A stage of another role is expected to take as long as other stages of its kind. Where nothing has been measured,
-    every stage with a model takes one unit.
+    A stage of another role is expected to take as long as other stages of its kind or, if there are none, as the median
+    of all roles. Where nothing has been measured, every stage with a model takes one unit.
     """
     known = seconds_by_role(graph, events)
     if not known:

@@ -40,7 +40,7 @@ class StagePredictions:
 
     @property
     def is_hole(self) -> bool:
-        """Whether their duration has never been measured, in no run at all."""
+        """Whether no run has measured their duration on such a device."""
         return self.basis in ("", "analytic")
 
 

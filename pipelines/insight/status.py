@@ -1,4 +1,4 @@
-"""`pipeline status RUN`: shows how far a run is, from its files and from what its executors know of their jobs."""
+"""`pipeline status RUN`: shows the progress of a run, from its files and from what its executors know of their jobs."""
 
 import io
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ State = tuple[str, str, str, str]
 STATUS_PATIENCE_SECONDS = 10.0
 """Seconds for which `status` retries a scheduler that does not answer."""
 PATIENCE_SECONDS = 60.0
-"""Seconds for which everything else does."""
+"""Seconds for which other commands retry it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunActivity:
         return cls(holder, [seen for executor in lasting if (seen := executor.observe(patience)) is not None])
 
     def require_known(self) -> "RunActivity":
-        """Return this one; raise UserError if a scheduler has not answered."""
+        """Return self; raise UserError if a scheduler has not answered."""
         if self.errors:
             raise UserError(self.errors[0])
         return self
@@ -66,7 +66,7 @@ class RunActivity:
 
     @property
     def jobs(self) -> int:
-        """Jobs that have not ended."""
+        """Number of jobs that have not ended."""
         return sum(seen.jobs for seen in self.observed)
 
     @property
@@ -195,7 +195,8 @@ def save_report(run: RunDirectory, graph: Graph) -> None:
 
 
 def states(run: RunDirectory, graph: Graph, activity: RunActivity) -> dict[str, State]:
-    """The state of each stage. A stage is blocked if one that it needs has failed, was interrupted or is blocked."""
+    """The state of each stage. A stage is blocked if one that it needs has failed, is blocked, or was interrupted as a
+    scheduler's job that nothing continues."""
     found: dict[str, State] = {}
     lost: set[str] = set()
     goes_on = activity.holder is not None or (run.path / CANCEL).exists()

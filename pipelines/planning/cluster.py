@@ -30,7 +30,7 @@ class Cluster:
     scheduler_has_gpus: bool = True
     """Whether jobs may request GPUs from the scheduler."""
     machines: int = 1
-    """Machines that the GPUs are distributed over, in order, if several machines are planned for as one."""
+    """Number of machines that the GPUs are distributed over, in order, if several machines are simulated as one."""
 
     @property
     def devices(self) -> int:
@@ -53,7 +53,7 @@ class Cluster:
         return len({device // each for device in devices})
 
     def requested_devices(self, node: Node) -> int:
-        """Devices that a stage's jobs request from a scheduler: GPUs, or without any one core per process."""
+        """Devices that a stage's jobs request from a scheduler: GPUs; without any, a core per array task or process."""
         entry, layout = self.executor.entry(node), node.stage.layout(node.config)
         gpus = (entry.gpus or 0) if self.scheduler_has_gpus else 0
         if node.workload in ARRAY_KINDS:

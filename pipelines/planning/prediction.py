@@ -1,4 +1,4 @@
-"""The predicted times and memory of a stage, and the interface of predictors."""
+"""Defines the predicted times and memory of a stage, and the interface of predictors."""
 
 import math
 import random
@@ -34,7 +34,7 @@ class Prediction:
     source: str
     """The source in words: the number of runs, or the data sheet."""
     finish: float = 0.0
-    """From the release of its devices until a further job has published the output."""
+    """Time from the release of its devices until a further job has published the output."""
 
     @property
     def seconds(self) -> float:
@@ -42,7 +42,7 @@ class Prediction:
         return self.start + self.load + self.compute + self.handoff
 
     def sped_up(self, share: float) -> "Prediction":
-        """The prediction with all times reduced by a share."""
+        """The prediction with the times on its devices reduced by a share; `queue` and `finish` stay."""
         left = 1 - share
         return replace(
             self,

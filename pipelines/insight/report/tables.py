@@ -9,11 +9,11 @@ from pipelines.run.metrics import COLUMNS, is_further_scorer
 from pipelines.text import format_ranges
 
 GAP_SECONDS = 30.0
-"""Gaps without a running stage are not shortened below this duration."""
+"""Duration up to which gaps without a running stage are not shortened."""
 MAX_BARS = 150
-"""Stages in the chart of times: the latest ones."""
+"""Maximum number of stages in the chart of times: the latest."""
 MAX_FUNNELS = 12
-"""Iterations whose ledgers are shown: the latest, and those with the largest dropped shares."""
+"""Maximum number of iterations whose ledgers are shown: the latest, and those with the largest dropped shares."""
 MAX_STAGES = 600
 NONE = "\u2013"
 """Placeholder for a value that is not known."""

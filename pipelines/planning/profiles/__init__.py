@@ -1,1 +1,1 @@
-"""Predictions of the times and memory of stages, from profiles of earlier runs and data sheets of devices."""
+"""Predicts the times and memory of stages, from profiles of earlier runs and data sheets of devices."""

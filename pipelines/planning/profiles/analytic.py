@@ -4,8 +4,9 @@ A part of the work takes as long as its operations at an achievable share of pea
 achievable share of the bandwidth, whichever is longer (Williams, Waterman, Patterson 2009). Nothing here was measured
 on the device, and contention is not included.
 
-P is a model's number of parameters, M those of its layers' matrices, V the vocabulary, h the hidden size, q and k the
-widths of queries and keys, i that of the feed-forward layers, a the bytes of a number.
+M is the number of parameters in the matrices of a model's layers, T the number of trained parameters, V the vocabulary
+size, h the hidden size, q and k the widths of queries and keys, i that of the feed-forward layers, a the bytes of a
+number.
 """
 
 import math
@@ -55,7 +56,7 @@ class Costs:
 
 
 def matrix_parameters(size: Size) -> int:
-    """M: parameters in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i a
+    """M: parameters in the matrices that every token passes, without the vocabulary's: 2 h q + 2 h k + 3 h i per
     layer."""
     layer = 2 * size.hidden * (size.query_width + size.key_width) + 3 * size.hidden * size.intermediate
     return size.layers * layer
@@ -98,7 +99,7 @@ def scoring_seconds(work: Operations, sheet: DataSheet) -> float:
 
 
 def prefill_seconds(work: Operations, sheet: DataSheet) -> float:
-    """Compute time of the prompts' forward passes in each copy, of at least 2048 tokens each."""
+    """Compute time of the prompts' forward passes in each copy, of up to 2048 tokens each."""
     size, layout = work.model, work.layout
     copies, parts = max(1, layout.dp), max(1, layout.tp)
     tokens = work.prompt_tokens / copies
@@ -139,12 +140,12 @@ def training_seconds(work: Operations, sheet: DataSheet) -> float:
     update.
 
     The backward pass takes twice the operations of the forward pass, or as many if few parameters are trained
-    (adapters); activation recomputation takes one more forward pass. Tensor parallelism: four all-reduces of the
-    micro-batch's h a bytes a layer, and two more with recomputation (Megatron-LM, arXiv 1909.08053). Pipeline
-    parallelism of p stages: (p - 1) / (m + p - 1) of the time is a bubble, with m micro-batches (GPipe, arXiv
-    1811.06965). Data parallelism: an all-reduce of 4 T bytes a step; ZeRO-3 and fsdp2 gather weights in each pass and
-    scatter gradients, half as much again (ZeRO, arXiv 1910.02054). Sequence parallelism: four exchanges of all tokens a
-    layer and pass (DeepSpeed Ulysses, arXiv 2309.14509). Offload: optimizer states move to CPU memory and back over
+    (adapters); activation recomputation takes one more forward pass. Tensor parallelism: four all-reduces per
+    layer, of h a bytes for each token of the micro-batch, and two more with recomputation (Megatron-LM, arXiv
+    1909.08053). Pipeline parallelism of p stages: (p - 1) / (m + p - 1) of the time is a bubble, with m micro-batches
+    (GPipe, arXiv 1811.06965). Data parallelism: an all-reduce of 4 T bytes per step, or a T with ZeRO; ZeRO-3 and fsdp2
+    also gather the weights in each pass (ZeRO, arXiv 1910.02054). Sequence parallelism: four exchanges of all tokens
+    per layer and pass (DeepSpeed Ulysses, arXiv 2309.14509). Offload: optimizer states move to CPU memory and back over
     PCIe in every step, and offloaded weights in every pass.
     """
     size, layout, steps = work.model, work.layout, max(1, work.steps)

@@ -30,14 +30,14 @@ class DataSheet:
     bandwidth: float
     """Bandwidth of its own memory."""
     link: float
-    """To another device of its machine."""
+    """Bandwidth to another device of its machine."""
     pcie: float
-    """To CPU memory."""
+    """Bandwidth to CPU memory."""
     network: float
-    """To other machines, per device."""
+    """Bandwidth to other machines, per device."""
     disk: float
     devices: int
-    """Devices per machine, as usually built."""
+    """Usual number of devices per machine."""
     source: str
     matches: tuple[str, ...] = ()
 

@@ -29,11 +29,11 @@ from pipelines.planning.profiles.store import latest_of_each
 from pipelines.text import plural
 
 NEAREST = 8
-"""Maximum number of runs that a prediction is made from: the nearest ones, and the latest of these."""
+"""Maximum number of runs that a prediction is made from: the nearest, and of equally near ones the latest."""
 MIN_COMPARISONS = 3
 """Minimum number of comparisons with measurements from which an error is computed."""
 ASSUMED_ERRORS: dict[Basis, float] = {"measured": 0.3, "scaled": 0.5, "analytic": 1.0}
-"""The assumed error if there are fewer."""
+"""The error that is assumed if there are fewer than MIN_COMPARISONS."""
 MIN_SPREAD = 1.5
 """Minimum ratio of the largest to the smallest amount of work for fitting a line."""
 QUEUE_SECONDS = 60.0
@@ -55,9 +55,13 @@ class StageFeatures:
     threads: int
     work: Operations | None
     rows: int | None
+    """Rows of a stage without a model; None if not known."""
     bytes: int | None
+    """Bytes of the model that such a stage makes; None if it makes none, or not known."""
     first: bool
+    """Whether it is the first stage of its environment in its run, so that libraries are imported for it."""
     loaded: bool
+    """Whether it loads its model or engine itself, instead of reusing what an earlier stage has left loaded."""
     role: str = ""
 
     @property
@@ -99,13 +103,13 @@ class ProfilePredictor:
             device: the device of stages with models: a GPU or a processor as profiles name it, or the name of a data
                 sheet.
             processor: the processor of other stages on a machine with GPUs; empty if not known.
-            sheet: the device's data sheet, if its machine is not built as usual.
+            sheet: the device's data sheet, if it differs from the standard one, for example in its links.
             threads: threads of each process of a stage on a CPU.
             parallel: maximum number of stages at once; each of them may have to load what a later one reuses.
             warm: whether later stages reuse what earlier ones have loaded (executor.warm).
             cores: cores that the processes of a stage share while they start; None: no contention.
-            detached: whether no driver handles the end of a scheduler's jobs, so that trainings also have a further job
-                that does, like arrays always have.
+            detached: whether the run has no driver, so that a further job finalizes trainings, too, as one always does
+                for arrays.
         """
         self.device = canonical_name(device)
         self.sheet = sheet or sheet_of(device)
@@ -367,8 +371,9 @@ def _features_of(row: Profile) -> StageFeatures:
 
 
 def _tier(features: StageFeatures, row: Profile) -> int | None:
-    """The dissimilarity of a profile: 0, it matches; 1, another amount of work; 2, another layout or number of threads,
-    or for stages without a model another device; 3, another model; None: it cannot be used."""
+    """The dissimilarity of a profile: 0, it matches; 1, another amount of work or version of the code, or for stages
+    without a model another device; 2, another layout or number of threads; 3, another model; None: it cannot be
+    used."""
     if (features.work is None) != (row.work is None):
         return None
     if features.work is None or row.work is None:

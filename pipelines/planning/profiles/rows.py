@@ -31,11 +31,11 @@ class Timing:
     """Times of an attempt as the driver and a supervisor measured them, in seconds."""
 
     queue: float
-    """From its submission to the start of its first process."""
+    """Time from its submission to the start of its first process."""
     life: float
-    """From there to the end of its last process, without the job that publishes what tasks have made."""
+    """Time from that start to the end of its last process, without the job that publishes the output of tasks."""
     lag: float
-    """From there until it was recorded as published."""
+    """Time from that end until it was recorded as published."""
     tasks: int = 1
     """Number of jobs that shared its shards."""
     is_array: bool = False
@@ -84,12 +84,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     compute: float = 0.0
     handoff: float = 0.0
     finish: float | None = None
-    """For stages run as a scheduler's jobs: from the end of the working jobs to the publication, including queue and
-    work of the job that finalized it, if there was one."""
+    """For stages run as a scheduler's jobs, the time from the end of the working jobs to the publication, including the
+    queue and work of the job that finalized it, if there was one."""
     wait: float = 0.0
     """Time it waited for shards of the stage that it streams from."""
     cpu: float | None = None
-    """CPU seconds, which do not include what other programs took."""
+    """CPU seconds of the stage's own processes."""
     memory: int | None = None
     """Peak bytes of the fullest device or, on a CPU, process."""
 
@@ -254,8 +254,8 @@ def _device(manifest: Manifest, *, on_gpu: bool) -> str:
 def _spent(seconds: Mapping[str, float], timing: Timing, copies: int, here: bool) -> dict[str, float] | None:
     """Seconds by phase; None if they include receipts of a killed attempt.
 
-    What several copies or tasks measured is a sum over them. Among the copies of one process, waiting for the slowest
-    one counts as computing; among tasks, which start when a scheduler starts them, it counts as starting.
+    Times that several copies or tasks measure are sums over them. Among the copies of one process, waiting for the
+    slowest one counts as computing; among tasks, which start when a scheduler starts them, it counts as starting.
     """
     sharing = max(1, copies, timing.tasks)
     total, wait = seconds.get("total", 0.0), seconds.get("wait", 0.0)

@@ -1,4 +1,4 @@
-"""The store of profiles in RATCHET_HOME: one JSON Lines file per device, to which every run appends its stages.
+"""Stores profiles in RATCHET_HOME: one JSON Lines file per device, to which every run appends its stages.
 
 The store is a cache: without it, predictions use data sheets and the runs that are named. A stage is written once, even
 if it is seen again; unreadable lines are skipped.
@@ -26,7 +26,7 @@ PATIENCE = 5.0
 MAX_BYTES = 8 << 20
 """Size above which a file is reduced to the latest profiles of each kind."""
 MAX_PER_GROUP = 12
-"""How many profiles of equal stages (`Profile.match_key`) are kept."""
+"""Number of profiles of equal stages (`Profile.match_key`) that are kept."""
 _DECODER = msgspec.json.Decoder(Profile)
 
 
