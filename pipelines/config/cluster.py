@@ -1,4 +1,4 @@
-"""The config of a cluster to simulate a run on: machines of one kind, their price, queue times and failures."""
+"""Defines the config of a cluster to simulate runs on: machines of one kind, their price, queue times and failures."""
 
 from pathlib import Path
 from typing import Self
@@ -40,7 +40,7 @@ class MachinesSection(Section):
     link: float | None = runtime(None, gt=0)
     """GB/s between two GPUs of a machine, in one direction; by default from the data sheet."""
     network: float | None = runtime(None, gt=0)
-    """GB/s between GPUs of two machines; by default as usual for such machines."""
+    """GB/s between GPUs of two machines, in one direction; by default from the data sheet."""
     price: float | None = runtime(None, ge=0)
     """Price of one GPU-hour."""
     currency: str = runtime("USD", min_length=1, max_length=8)
@@ -48,10 +48,10 @@ class MachinesSection(Section):
     queue: QueueSection = runtime(QueueSection())
     """Queue time of each stage; a number is short for `seconds`."""
     hours_between_failures: float | None = runtime(None, gt=0)
-    """Mean GPU-hours between failures that end a stage: of the GPU, its machine, or a preemption. With 64 GPUs the
-    first fails after a 64th of that. By default nothing fails."""
+    """Mean GPU-hours between failures that end a stage: of the GPU, of its machine, or a preemption. A stage on 64 GPUs
+    fails after a 64th of that on average. By default nothing fails."""
     stragglers: StragglersSection = runtime(StragglersSection())
-    """Slow stages."""
+    """Share and factor of stages that are slowed down at random."""
 
     @field_validator("queue", mode="before")
     @classmethod

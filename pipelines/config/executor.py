@@ -1,4 +1,4 @@
-"""The section `executor`: where the stages of a run are executed, and the resources that they request."""
+"""Defines the section `executor`: where the stages of a run are executed, and the resources that they request."""
 
 import math
 import pkgutil
@@ -195,8 +195,9 @@ class ExecutorSection(Section):
     its iteration (reference), its name, or a pattern with *. If several entries match a stage, the later one wins, key
     by key."""
     parallel: int | None = runtime(None, ge=1)
-    """Maximum number of independent stages that run at once; by default 1 with GPUs, else one per two cores, at least
-    2; on Slurm all that are ready."""
+    """Maximum number of independent stages that run at once. By default, if every stage has all devices: 1 with GPUs,
+    else one per two cores, at least 2; if a strategy divides the devices, or on Slurm: all that are ready and have
+    devices."""
     warm: bool = runtime(True)
     """Reuse processes on this machine: stages of a locked environment are forked from a process that has imported its
     libraries, and engines and scoring models stay loaded for the next stage that can use them. Results are the same

@@ -1,4 +1,4 @@
-"""The section `placement`: the devices of each stage, and which stages may run at the same time."""
+"""Defines the section `placement`: the devices of each stage, and which stages may run at the same time."""
 
 from typing import Any, Literal, Self, TypeAlias
 
@@ -23,8 +23,8 @@ class PoolSection(Section):
     """
 
     devices: int | list[int] | None = runtime(None)
-    """How many, or which ones, counted from 0: GPUs, or this machine's cores if it has none. Pools with a number take
-    devices in the order in which they are written, after those that list theirs."""
+    """Number of devices, or a list of them, counted from 0: GPUs, or this machine's cores if it has none. Pools that
+    give a number get devices in the order in which the pools are written, after those that list theirs."""
     partition: str | None = runtime(None, min_length=1)
     """Scheduler partition for the jobs of these stages."""
     nodes: str | None = runtime(None, min_length=1)
@@ -92,7 +92,7 @@ class ExpectedRoleSection(Section):
     seconds: list[float] = runtime(min_length=1)
     """Expected seconds of the stage in each iteration, the earliest first; the last one applies to all later ones."""
     first: int = runtime(0, ge=0)
-    """The iteration of the first of them."""
+    """The iteration that the first of `seconds` is for."""
     error: float = runtime(ge=0)
     """One standard deviation of the times, as a share of them."""
     basis: Literal["measured", "scaled", "analytic"] = runtime()
@@ -130,7 +130,7 @@ class ExpectationSection(Section):
 
 
 class PlacementSection(Section):
-    """Where and when stages run; nothing of it changes what they publish. A word is short for `strategy`, and
+    """Where and when stages run; none of it changes what they publish. A word is short for `strategy`, and
     `placement: FILE.yaml` reads the section from a file."""
 
     strategy: Strategy = runtime("flattening")
@@ -142,8 +142,8 @@ class PlacementSection(Section):
     """Start a scoring on the shards that its generation has finished so far, if there are devices for it."""
     pools: dict[str, PoolSection] = runtime({})
     """Devices by names of your choice: {generation: [0, 1], training: 2}. Pools must not overlap. A stage is in the
-    pool that its entry in `stages` names, else in the one named like its kind (generation, scoring, training), a
-    scoring else in that of generation."""
+    pool that its entry in `stages` names, else in the one named like its kind (generation, scoring, training); without
+    a pool named scoring, scorers are in that of generation."""
     stages: dict[str, StagePlacementSection] = runtime({})
     """Pool and layout of some stages: {reference: {pool: scoring}, generation: {layout: {tp: 2}}}. A key is generation,
     scoring, training or light, the role of a stage in its iteration, its name, or a pattern with *. If several entries

@@ -31,8 +31,8 @@ def find_config(named: str | Path) -> Path:
 
 
 def origin_of(path: Path, run: Path) -> str:
-    """How a run records its config file: a recipe by its name, another file by its path relative to the run's
-    directory."""
+    """The reference to its config file that a run records: the name of a recipe, or another file's path relative to
+    the run's directory."""
     path = path.resolve()
     name = next((name for name, recipe in recipes().items() if recipe.resolve() == path), None)
     return f"{PREFIX}{name}" if name else os.path.relpath(path, run)

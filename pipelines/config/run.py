@@ -1,4 +1,4 @@
-"""The config of a run: one YAML file, with sections named like the stages."""
+"""Defines the config of a run: one YAML file, with sections named like the stages."""
 
 import difflib
 import json
@@ -123,7 +123,7 @@ class RunConfig(Section):
     executor: ExecutorSection = runtime(ExecutorSection())
     """Where stages run (`kind`: local, slurm or inline), and how many at once (`parallel`)."""
     placement: PlacementSection = runtime(PlacementSection())
-    """Which devices each stage uses, and which stages run side by side (`strategy`: flattening, interleaving,
+    """Which devices each stage uses, and which stages run at the same time (`strategy`: flattening, interleaving,
     separation, async or colocated). Or the path of a YAML file with these keys."""
     retention: RetentionSection = runtime(RetentionSection())
     """Whose weights stay on disk (`keep`: all, best or "last N"), and whether rows are compressed (`compress`)."""

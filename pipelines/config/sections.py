@@ -1,4 +1,4 @@
-"""Sections of a run's config that are not a stage's own settings."""
+"""Defines the sections of a run's config that are not a stage's own settings."""
 
 import re
 from typing import Annotated, Any, Literal, Self, cast
@@ -34,7 +34,7 @@ class DynamicSamplingSection(Section):
     rounds: int = identity(2, ge=1, le=20)
     """Maximum number of further draws in an iteration. Prompts that are still missing then are left out."""
     margin: float = identity(0.0, ge=0)
-    """Minimum difference between the best and the worst score of a prompt's responses; 0: they are not all equal."""
+    """Minimum difference between the best and the worst score of a prompt's responses; with 0 any difference counts."""
 
 
 class PromptsSection(Section):
@@ -43,8 +43,8 @@ class PromptsSection(Section):
     train: PromptsSettings | None = identity(None)
     """Training prompts."""
     mixture: dict[Annotated[str, Field(pattern=NAME)], MixedPromptsSettings] | None = identity(None, min_length=1)
-    """Or several sets of training prompts, by name, each with a share of every iteration: {maths: {source: maths.jsonl,
-    weight: 2}, chat: {source: hf:ORG/NAME}}. docs/data.md."""
+    """Several sets of training prompts instead of `train`, by name, each with a share of every iteration: {maths:
+    {source: maths.jsonl, weight: 2}, chat: {source: hf:ORG/NAME}}. docs/data.md."""
     heldout: PromptsSettings = identity()
     """Held-out prompts, for evaluation."""
     per_iteration: int | None = identity(None, ge=1)
@@ -96,8 +96,8 @@ class ReplaySection(Section):
     iterations: int | None = identity(None, ge=1)
     """Number of earlier iterations; all by default."""
     decay: float = identity(0.5, gt=0, le=1)
-    """Share of the previous iteration's pairs (or of its prompts with their samples), with this factor again for each
-    iteration before. 1 takes all of them."""
+    """Share of the pairs of the previous iteration (or of its prompts with their samples). From the iteration n before,
+    this to the power of n is taken. 1 takes all of them."""
 
     def share(self, age: int) -> float:
         """The share that is taken from the iteration `age` iterations ago."""
@@ -108,7 +108,7 @@ class OfflineSection(PreferenceSettings):
     """Offline preference pairs that every iteration trains on in addition to its own."""
 
     share: float = identity(0.25, gt=0, lt=1)
-    """Their share of the training pairs together with the iteration's own, drawn again for each iteration."""
+    """Share of offline pairs among the training pairs of an iteration; they are drawn again for each iteration."""
 
 
 class RewardModelSection(Section):
@@ -139,13 +139,13 @@ class EnvironmentsSection(Section):
     """The environment of each kind of stage; by default the locked one of `pipeline env sync`."""
 
     generation: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m generation`."""
+    """Environment of `python -m generation`."""
     annotation: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m annotation` and `python -m contracts`."""
+    """Environment of `python -m annotation` and `python -m contracts`."""
     training: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For `python -m training` and `python -m embedded`."""
+    """Environment of `python -m training` and `python -m embedded`."""
     tracking: EnvironmentConfig = runtime(EnvironmentConfig())
-    """For the processes that feed trackers."""
+    """Environment of the processes that send metrics to trackers."""
     own: dict[Annotated[str, Field(pattern=NAME)], EnvironmentConfig] = runtime({})
     """Your own environments, by name, for `scorers` and `evaluations`: {lm-eval: {conda: lm-eval}}."""
 
@@ -202,7 +202,7 @@ class HubSection(Section):
     rollouts: str | None = runtime(None)
     """Data set (ORG/NAME) for all responses with their scores: a split iteration_N for each iteration."""
     report: bool = runtime(True)
-    """Push the run's report, at the end, to the first of these."""
+    """Push the run's report, when the run has ended, to the first of these repos that is set."""
     private: bool = runtime(True)
     """Whether new repos are private."""
     patience_seconds: float = runtime(600.0, ge=0)
@@ -251,14 +251,14 @@ class HookSettings(Section):
     settings: dict[str, Any] = runtime({})
     """Further keyword arguments of the function."""
     grace_seconds: float = runtime(60.0, ge=0)
-    """How long the end of a command waits for it. The next command makes the remaining calls."""
+    """How long a command waits at its end for the function to return. The next command makes the remaining calls."""
 
 
 class EvaluationSection(CheckpointEvaluationSettings):
     """An evaluation of every policy by the user's own function, as a stage that publishes the metrics."""
 
     environment: str = runtime("annotation")
-    """Its environment: annotation, generation or training, or the name of one in environments.own."""
+    """The environment that it runs in: annotation, generation or training, or the name of one in environments.own."""
     every: int = runtime(1, ge=1)
     """Evaluate the initial policy, and every this many iterations."""
 
@@ -292,4 +292,4 @@ class HardwareSection(Section):
     gpus: int = runtime(ge=1)
     """GPUs per machine."""
     gib: float = runtime(gt=0)
-    """Memory of each, in GiB."""
+    """Memory of each GPU, in GiB."""

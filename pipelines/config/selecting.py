@@ -20,17 +20,17 @@ class SelectableStage(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in the run."""
+        """The stage's name in the run."""
         ...
 
     @property
     def role(self) -> str:
-        """Its role in the iteration."""
+        """The stage's role in the iteration."""
         ...
 
     @property
     def workload(self) -> Workload:
-        """How it is scheduled."""
+        """The stage's workload, which decides how it is scheduled."""
         ...
 
     @property

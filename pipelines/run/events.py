@@ -1,4 +1,4 @@
-"""The events of a run, as a stream of typed records: events.jsonl in its directory.
+"""Defines, records and reads the events of a run, a stream of typed records: events.jsonl in its directory.
 
 Whatever drives the run (a driver, the jobs of a detached run, a command) appends; everything that shows a run reads:
 the live table, `status`, reports, listeners. Readers change nothing in the run. A new kind of event is a class here;
@@ -206,7 +206,7 @@ class HubPushed(Event, frozen=True, tag="pushed"):
 
 
 class HubPushFailed(Event, frozen=True, tag="push failed"):
-    """A push to the Hub failed; the run continues. Recorded once as long as the error stays the same."""
+    """A push to the Hub failed; the run continues. Not repeated for the same error, nor for further transient ones."""
 
     repo: str
     kind: Literal["model", "dataset"]
