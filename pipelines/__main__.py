@@ -1,11 +1,11 @@
-"""`python -m pipelines` is the `pipeline` command."""
+"""Runs the `pipeline` command as `python -m pipelines`."""
 
 import os
 import signal
 import sys
 from typing import NoReturn
 
-# Before any module of the same name in the working directory or on PYTHONPATH.
+# This repository's packages take precedence over namesakes in the working directory or on PYTHONPATH.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from contracts import entrypoint
 

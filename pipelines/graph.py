@@ -1,4 +1,4 @@
-"""The graph of a run: its stages, and which of them read the outputs of which others."""
+"""Represents the graph of a run: its stages, and which of them read the outputs of which others."""
 
 import copy
 import functools
@@ -100,7 +100,7 @@ class Graph:
         self.directory = directory
         self.nodes: dict[str, Node] = {}
         self.lag = 0
-        """Maximum lag of the last iteration, and of the later ones that `changes` already set."""
+        """The largest lag from the last iteration on: its own, and those that `changes` sets for later iterations."""
         self.gates: dict[int, str] = {}
         """By iteration, the gate that decides whether it may begin, if there is one."""
         self.rollbacks: dict[str, int] = {}

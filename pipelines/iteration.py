@@ -276,7 +276,7 @@ class Recipe(RunStages):
     def reference_of(self, pairs: Path, reference_model: Path, iteration: int) -> Path:
         """Reference log-probabilities of pairs, recomputed only if the reference model has changed since.
 
-        For a sample of some pairs those of all of them are used, if they exist.
+        For a sample of an iteration's pairs, the log-probabilities of all its pairs are used if they exist.
         """
         chosen = self.graph.producer(pairs)
         assert chosen is not None
@@ -292,7 +292,7 @@ class Recipe(RunStages):
         return self.references[pairs, reference_model]
 
     def offline_pairs(self, section: OfflineSection, iteration: int, pairs: Path) -> Path:
-        """Sample as many offline pairs as give them their share next to an iteration's own."""
+        """Sample offline pairs, as many as it takes for their share next to an iteration's own."""
         assert self.offline is not None
         rollouts, imported = self.offline
         fields = {"rollouts": rollouts, "pairs": imported, "share": section.share, "beside": pairs}
@@ -353,8 +353,8 @@ class Recipe(RunStages):
         return {"experience": experience}
 
     def latest_critic(self) -> Path:
-        """The model that predicts values: the last policy, if it has a value head, else the last critic; at first
-        critic.start."""
+        """The model that predicts values: the last policy, if it has a value head, else the last critic; without
+        one yet, what critic.start names."""
         if self.config.training.value_head:
             return self.policies[-1] if self.has_value_head else self.untrained_critic()
         if self.critic is not None:

@@ -1,4 +1,4 @@
-"""The hardware of this machine: GPUs, cores, memory."""
+"""Queries the hardware of this machine: GPUs, cores, memory."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ def _listed_gpus() -> int:
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:
-    """The lines that it prints; none if it fails or does not exist."""
+    """The lines that nvidia-smi prints; none if it fails or does not exist."""
     try:
         result = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -30,7 +30,7 @@ from pipelines.run.plan import read_run
 
 ANSWER = "answer"
 ResponseKey = tuple[str, int]
-"""prompt_id and sample of a response among the imported ones."""
+"""Key of an imported response: its prompt_id and its sample number."""
 
 
 @command(
@@ -89,7 +89,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[ResponseKey]:
-    """Write the rows in RLHFlow's format, grouped by prompt. Returns where each response will be."""
+    """Write the rows in RLHFlow's format, grouped by prompt. Returns the key of each row's response."""
     if not rows:
         raise UserError("there are no rows to score.")
     prompts: dict[str, dict[str, Any]] = {}
@@ -108,7 +108,7 @@ def _write(rows: list[tuple[str, dict[str, Any]]], target: Path) -> list[Respons
 
 
 class _UserLines:
-    """Replaces line references to the file that the stages read by those to the user's file."""
+    """Rewrites messages so that they name lines of the user's file, instead of the file that the stages read."""
 
     def __init__(self, texts: Path, rows: list[str], places: list[ResponseKey]) -> None:
         self.pattern = re.compile(rf"{re.escape(str(texts))}, line ([0-9]+)")
@@ -175,12 +175,12 @@ def _run(node: Node, config: RunConfig, user_lines: Callable[[str], str]) -> int
 
 
 def _reasons_file(node: Node) -> Path:
-    """The file in which a scorer records why it has not scored a response."""
+    """The file in which a scorer records why it did not score a response."""
     return node.output.with_name(f"{node.output.name}.reasons.jsonl")
 
 
 def _reasons(nodes: list[Node]) -> dict[ResponseKey, str]:
-    """Reasons why the last scorer has not scored a response, with those of the scorers that it is composed of."""
+    """By response, the reason why the last scorer did not score it, with the reasons of its components."""
     found: dict[ResponseKey, str] = {}
     for node in nodes:
         before, found = found, {}

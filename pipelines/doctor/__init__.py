@@ -1,1 +1,1 @@
-"""`pipeline doctor`: finds problems before a run starts that would stop it after hours."""
+"""`pipeline doctor`: finds problems that would stop a run after hours, before it starts."""

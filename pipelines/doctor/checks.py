@@ -351,9 +351,9 @@ def is_remote(path: Path) -> bool:
 
 
 def at_once(needs: dict[str, int], graph: Graph, places: int) -> list[str]:
-    """Up to `places` independent stages that may run at once and need much together, chosen greedily.
+    """Up to `places` independent stages that may run at once and together need the most bytes, chosen greedily.
 
-    Stages are taken in order of need if they are independent of those chosen before.
+    The largest are chosen first, each only if it is independent of those chosen before.
     """
     before: dict[str, set[str]] = {}
     for node in graph.nodes.values():

@@ -1,4 +1,4 @@
-"""`pipeline doctor CONFIG [key=value ...]`: finds problems in seconds that would stop a run after hours.
+"""`pipeline doctor CONFIG [key=value ...]`: finds, within seconds, problems that would stop a run after hours.
 
 Each check examines one thing and reports what it found and how to fix problems. All checks run, regardless of the
 others' findings. They write only into temporary directories, and download nothing.

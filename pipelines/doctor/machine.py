@@ -20,8 +20,11 @@ NETWORK_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glus
 LOCAL_LOCKS = ("nolock", "localflock", "local_lock=all", "local_lock=flock")
 """Mount options with which file locks are local to one machine."""
 CLOCK_SKEW = 2.0
+"""Seconds by which a file server's clock may differ without a warning."""
 SHARED_MEMORY = 512 << 20
+"""Bytes of shared memory below which there is a warning."""
 OPEN_FILES = 1024
+"""Limit of open files below which there is a warning."""
 
 
 def nearest_existing(path: Path) -> Path:

@@ -1,8 +1,8 @@
-"""The stages' locked environments: their location, their state, and how they are built.
+"""Locates, builds and lists the stages' locked environments.
 
 An environment is identified by the content of its lock and the Python version, so that all checkouts and installations
 with the same lock share it, and a changed lock makes a new one. It does not contain Ratchet: the code in use is added
-by PYTHONPATH. A marker file, written last, says that it is complete; what a killed build leaves is built again.
+by PYTHONPATH. A marker file, written last, says that it is complete; an incomplete one is built again.
 """
 
 import concurrent.futures

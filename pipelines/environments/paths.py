@@ -1,4 +1,4 @@
-"""Paths of Ratchet's code and files, in a checkout or installed, and of RATCHET_HOME."""
+"""Locates Ratchet's code and files, in a checkout or installed, and RATCHET_HOME."""
 
 import contextlib
 import functools

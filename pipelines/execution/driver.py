@@ -39,6 +39,7 @@ from pipelines.run.superseded import finish_deletions
 
 POLL_SECONDS = 0.1
 END_SECONDS = 20.0
+"""Seconds that stages may take to end in addition to their grace period."""
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Driver:
         """Run the stages, then finish the work of retention."""
         try:
             while not self.published.issuperset(node.name for node in self.order):
-                if (self.run.path / CANCEL).exists():  # by `pipeline cancel`, on any machine
+                if (self.run.path / CANCEL).exists():  # requested by `pipeline cancel`, on any machine
                     raise KeyboardInterrupt
                 self.start_ready()
                 # Before `collect_ended`: if one of these ends from here on, the wait below returns at once.
@@ -134,8 +135,8 @@ class Driver:
     def start_ready(self) -> None:
         """Reuse or start stages whose inputs are published, the most urgent first, as many as may run at once.
 
-        Makers that running stages follow come first: a killed maker has to restart, and its followers release their
-        devices only once it has published.
+        Producers that running stages follow come first: a producer that was killed has to restart, and its followers
+        release their devices only once it has published.
         """
         if self.rolled_back:
             return  # they may read artifacts that will be replaced
@@ -155,7 +156,7 @@ class Driver:
             self.start_followers(admission)
 
     def start_followers(self, admission: Admission) -> None:
-        """Start stages on the shards that an input's maker has finished, on devices that no other stage can use now."""
+        """Start stages on the shards that an input's producer has finished, on devices that no other stage can use."""
         for node in self.order:
             if node.name in self.published or node.name in self.running or self.lifecycle.retries.waits(node.name):
                 continue
@@ -220,7 +221,7 @@ class Driver:
             node, decision = running.node, running.decision
             published = exists_uncached(node.output / MANIFEST)
             rolled_back = node.name in self.rolled_back
-            if decision.follows and published:  # if it ended before the maker of its input, it is handled after that
+            if decision.follows and published:  # if it ended before its input's producer, it is handled after that
                 if not rolled_back and not self.published.issuperset(node.needs):
                     continue
                 if rolled_back and not self.running.keys().isdisjoint(node.needs):
@@ -268,8 +269,9 @@ class Driver:
         later = {other.name for other in self.order if (other.iteration or 0) > decision.iteration}
         self.published -= later
         self.rolled_back = later & self.running.keys()
+        # A stage that follows another could wait forever: if its producer fails now, that is not retried.
         for name in self.rolled_back:
-            if self.running[name].decision.follows:  # a maker that fails now is not retried: it could wait forever
+            if self.running[name].decision.follows:
                 self.running[name].job.cancel()
         return True
 

@@ -1,4 +1,4 @@
-"""Progress and outcome of an attempt at a stage, from the files that its supervisors leave."""
+"""Reads the progress and the outcome of an attempt at a stage from the files that its supervisors leave."""
 
 import json
 import re

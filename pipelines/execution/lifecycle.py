@@ -1,4 +1,4 @@
-"""The lifecycle of a stage, from the decision about it to retention.
+"""Takes stages through their lifecycle, from the decision about a stage to retention.
 
     decide      reuse the published output, or run, and why
     act         move the old output aside, or restore the one that fits
@@ -73,7 +73,7 @@ class Lifecycle:
         return decide(node, probe_versions(environment, node.environment), self.run.path, rebuild=rebuild)
 
     def follow(self, node: Node, maker: Node, decision: Decision) -> Decision:
-        """The decision to start a stage while the maker of one of its inputs runs, for which `decision` was made."""
+        """The decision to start a stage while `maker`, the producer of one of its inputs, runs by `decision`."""
         versions = probe_versions(self.config.environments.of(node.environment), node.environment)
         return decide_to_follow(node, versions, maker, Producer(decision.key, decision.hidden_key))
 

@@ -10,7 +10,7 @@ from pipelines.run.directory import RunDirectory
 from pipelines.run.events import Event, EventReader, ListenerFailed
 
 Listen: TypeAlias = Callable[[list[Event]], None]
-"""A callable that gets new events in order, and now and then an empty list. If it has a method `close`, that is called
+"""A callable that gets new events in order, and at intervals an empty list. If it has a method `close`, that is called
 after the last events."""
 
 QUIET_SECONDS = 0.5
@@ -27,8 +27,8 @@ class Broadcast:
         self._notified = -QUIET_SECONDS
 
     def notify(self, also: Sequence[Event] = ()) -> None:
-        """Pass new events to the listeners, and now and then none, so that displays refresh. A listener that fails is
-        dropped and the failure recorded.
+        """Pass new events to the listeners, or at intervals an empty list, so that displays refresh. A listener that
+        fails is dropped and the failure recorded.
 
         Args:
             also: events that are not recorded because they repeat recorded ones.

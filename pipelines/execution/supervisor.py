@@ -1,4 +1,4 @@
-"""Runs one stage's command in its own process group, which always ends, and leaves the outcome on disk.
+"""Runs one stage's command in its own process group, ends all its processes, and leaves the outcome on disk.
 
 The driver submits `supervise` to an executor and afterwards reads only files, so that the two need not share a
 machine.
@@ -72,7 +72,7 @@ class AttemptRequest(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] = ()
     """The cores of this machine that the stage may use; empty: all."""
     follows: dict[str, Producer] = {}
-    """Makers of the inputs that are still being produced, by input path."""
+    """Producers of the inputs that are not published yet, by input path."""
     warm: str = ""
     """Socket of a warm process that has imported the stage's libraries; empty if there is none."""
     warm_source: str = ""

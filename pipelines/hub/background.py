@@ -57,6 +57,6 @@ def _follow(run: RunDirectory, section: HubSection) -> None:
 
 
 def _has_ended(run: RunDirectory) -> bool:
-    """Whether the run's last event of this kind is an end that was not an interruption."""
+    """Whether the run's last command has ended, other than by an interruption."""
     ends = [event for event in run.events() if isinstance(event, RunStarted | RunEnded)]
     return bool(ends) and isinstance(ends[-1], RunEnded) and ends[-1].outcome != "interrupted"

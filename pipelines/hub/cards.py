@@ -177,7 +177,7 @@ def _public_name(model: str) -> str:
 
 
 def _sources(published: PublishedRun) -> dict[str, str]:
-    """The sources of prompts and demonstrations by what they are for; those on the Hub begin with hf:."""
+    """The sources of prompts and demonstrations by purpose; those on the Hub begin with hf:."""
     config = published.config
     prompts = config.prompts
     found = {

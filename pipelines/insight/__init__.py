@@ -1,1 +1,1 @@
-"""Shows what is known of runs: status, plans, simulations, reports, hooks and trackers. Nothing here changes a run."""
+"""Shows what is known of runs: status, plans, simulations, reports, hooks and trackers. No result depends on it."""

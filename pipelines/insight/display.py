@@ -25,7 +25,7 @@ ESTIMATE_SECONDS = 1.0
 
 
 class Display:
-    """A listener that prints what happens to each stage, and the progress of those that run."""
+    """A listener that prints the events of stages, and the progress of those that run."""
 
     def __init__(self, console: Console, run: RunDirectory, graph: Graph, *, quiet: bool = False):
         """Show the stages of a graph; with `quiet`, print only what goes wrong."""

@@ -33,7 +33,7 @@ from pipelines.run.events import (
 from pipelines.text import format_megabytes, format_ranges, plural, printable
 
 WATCHED = ("loss", "reward", "accuracy", "margin", "score_mean", "response_length", "grad_norm", "tokens_per_second")
-"""The metrics to show of a running stage, by priority."""
+"""Metrics of a running stage to show, by priority."""
 MAX_WATCHED = 3
 
 

@@ -5,7 +5,7 @@ The names of metrics are grouped by prefixes:
     train/        each optimizer step of the policy; sft/, reward-model/ and critic/ for the other trainings
     eval/         the evaluations (eval/reward_mean; eval/NAME/... for your own), and the stages that sample and score
                   responses to held-out prompts
-    data/         numbers of what was sampled, scored, chosen and dropped
+    data/         counts and means of what was sampled, scored, chosen and dropped
     system/       seconds, rows and tokens per second of each stage
 """
 

@@ -41,7 +41,7 @@ class PairSet(msgspec.Struct, frozen=True):
     answers: int
     """Distinct answers in the pairs."""
     reward_length_correlation: float | None = None
-    """Correlation of the selecting score with the length, over all scored answers; None where it is not known."""
+    """Correlation of the length with the score that pairs are chosen by, over all scored answers; None if not known."""
 
 
 class SharedPairs(msgspec.Struct, frozen=True):

@@ -87,11 +87,17 @@ class SearchView:
     evaluated: int
     search_seconds: float
     in_time: bool
+    """Whether the search ended before its time limit."""
     bound: float
+    """Lower bound in seconds for any plan, over the searched iterations."""
     searched: float | None
+    """Seconds of the found plan over the searched iterations."""
     left_out: dict[str, int]
+    """Number of layouts that were left out, by reason."""
     out_of_room: int
+    """Number of plans whose stages fit into memory one by one, but not together."""
     memory_unknown: list[str]
+    """Roles whose memory is not known, which keep the config's layout."""
     found: dict[str, object] | None
     """The section `placement` of the found plan, whether it is chosen or not."""
     plan: dict[str, object]

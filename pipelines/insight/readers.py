@@ -1,4 +1,4 @@
-"""Child processes that read a run's files while it is in progress, and whose failure does not affect it."""
+"""Starts child processes that read a run's files while it is in progress, and whose failure does not affect it."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ MAX_LOG_BYTES = 16 << 20
 
 
 class ReaderProcess:
-    """A child process that reads a run. The end of its stdin tells it that no more comes, also if this process dies."""
+    """A child process that reads a run. Its stdin ends when no more comes, also if this process dies."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], first_line: bytes, log: Path) -> None:
         """Start it.

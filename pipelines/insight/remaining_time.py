@@ -16,7 +16,7 @@ from pipelines.planning.scheduling import Streams, schedule
 from pipelines.run.events import Event, StageInvalidated, StagePublished, StageReused, StageStarted
 
 LATEST = 3
-"""How many of the latest stages of a role count: their median is the expected duration."""
+"""Number of the latest stages of a role whose median is the expected duration."""
 
 
 def seconds_by_role(graph: Graph, events: Iterable[Event]) -> dict[str, float]:
@@ -39,7 +39,7 @@ class RemainingTime:
         self._seconds: dict[str, list[float]] = {}
         self.done: set[str] = set()
         self.started: dict[str, float] = {}
-        """When each running stage was started (seconds since 1970)."""
+        """Start time of each running stage (seconds since 1970)."""
 
     def update(self, events: list[Event]) -> None:
         """Take further events into account."""

@@ -20,7 +20,7 @@ from pipelines.planning.simulation import DriverCosts, Simulation, describe_unkn
 from pipelines.text import echo, format_duration, format_ranges, plural
 
 MAX_NAMED = 3
-"""At most so many items are listed in a sentence."""
+"""Maximum number of items listed in a sentence."""
 MIN_GAIN = 0.005
 """Share of the run's time below which a gain is not mentioned."""
 BASES: dict[Basis, str] = {

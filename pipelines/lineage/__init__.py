@@ -1,1 +1,1 @@
-"""Provenance and integrity of artifacts: `pipeline trace` and `pipeline verify`."""
+"""Traces the provenance of artifacts and verifies their integrity: `pipeline trace` and `pipeline verify`."""

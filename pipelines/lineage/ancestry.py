@@ -1,4 +1,4 @@
-"""The ancestors of an artifact, by the links in manifests."""
+"""Collects the ancestors of an artifact by the links in manifests."""
 
 import contextlib
 from collections.abc import Iterator

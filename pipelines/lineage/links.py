@@ -1,4 +1,4 @@
-"""The artifacts of a run, and the present location of the inputs that their manifests link to.
+"""Indexes the artifacts of a run, and finds the inputs that their manifests link to.
 
 A manifest records the digest and the path of every input. The digest decides, and the path is a hint, so that links
 also work for artifacts in superseded/ and in runs that were moved, copied or forked since.

@@ -1,4 +1,4 @@
-"""The provenance of a pair or a prompt: its rows in the artifacts of a run."""
+"""Finds the provenance of a pair or a prompt: its rows in the artifacts of a run."""
 
 import gzip
 import math
@@ -240,7 +240,7 @@ class Search:
         }
 
     def _used_by(self, artifact: Artifact) -> list[str]:
-        """The checkpoints trained on this artifact, but not on another with the same content."""
+        """The checkpoints trained on this artifact, without those trained on another one with the same content."""
 
         def leads_here(links: Iterable[Link]) -> bool:
             found = (self.index.find(link) for link in links if link.digest == artifact.manifest.digest)

@@ -1,4 +1,4 @@
-"""`pipeline trace`: the provenance of a checkpoint, a pair or a prompt, back to prompts, seeds, weights, versions."""
+"""`pipeline trace`: finds the provenance of a checkpoint, pair or prompt: its prompts, seeds, weights and versions."""
 
 import json
 import re

@@ -1,1 +1,1 @@
-"""Planning before a run starts: placement, estimates of memory and disk, simulation, search, and preflight checks."""
+"""Plans a run before it starts: placement, estimates of memory and disk, simulation, search, and preflight checks."""

@@ -152,8 +152,8 @@ def _fail(
     executor: ExecutorSection,
     rng: random.Random,
 ) -> tuple[tuple[tuple[float, float], ...], float]:
-    """The failed attempts at a stage (seconds until each fails, and of the pause after it), and what is left for the
-    last one."""
+    """The failed attempts at a stage, each with the seconds until it fails and of the pause after it, and the seconds
+    of computation that are left for the last attempt."""
     failures: list[tuple[float, float]] = []
     while (at := rng.expovariate(1 / mtbf)) < fixed + compute + handoff and len(failures) < MAX_ATTEMPTS:
         done = min(compute, max(0.0, at - fixed))

@@ -4,7 +4,7 @@ A run records the commits that it was made with, so that a branch or tag that mo
 downloaded once and then used like any other directory; data sets are read, at their commit, by the stage that imports
 them.
 
-huggingface_hub is imported only if something is on the Hub, because that takes longer than the rest of the command.
+huggingface_hub is imported only if something is on the Hub: importing it takes longer than the rest of the command.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class HubResolver:
         """Use and extend a run's record of commits.
 
         Args:
-            commits: the record; None, for runs of versions that kept none: data sets are not resolved.
+            commits: the record; None for a run of a version that kept none, whose data sets are then not resolved.
             download: whether to query the Hub and download models; otherwise only the local cache is read.
         """
         self.commits = commits

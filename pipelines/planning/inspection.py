@@ -36,7 +36,7 @@ from pipelines.progress import waiting
 
 R = TypeVar("R", PreflightReport, SampledData)
 DRAWS = 16
-"""Number of iterations whose draws are checked; what they take of each set differs by one prompt at most."""
+"""Number of iterations whose draws are checked; the prompts that each takes from a set differ by one at most."""
 IGNORED_FIELDS = ("output", "seed", "iteration", "start", "count", "lengths")
 """Fields that do not matter to preflight; stages that differ only in these are checked once."""
 
@@ -150,8 +150,8 @@ def reads_from_outside(node: Node, graph: Graph) -> bool:
 
 
 def request_of(node: Node, graph: Graph) -> StageRequest:
-    """A node's config as it is sent to its environment: inputs made in the run are replaced by what is known of
-    them."""
+    """A node's config as it is sent to its environment: inputs made in the run are replaced by placeholders
+    (`_stand_in`)."""
     config = node.config.model_dump(mode="json")
     made = []
     for field, value in node.config.select(Role.INPUT).items():
@@ -234,7 +234,7 @@ def scorers_without_answers(graph: Graph, unanswered: list[str]) -> Iterator[Fin
     """Find scorers that need known answers, but score prompts without any.
 
     Args:
-        unanswered: names of stages that read such prompts; one of those that read the same rows.
+        unanswered: names of stages that import such prompts, one for all that import the same rows.
     """
     without_answers = {_data_of(request_of(graph.nodes[name], graph)) for name in unanswered}
     without: dict[str, bool] = {}

@@ -1,4 +1,4 @@
-"""Checks the number of iterations of a run, and which config keys have no effect with so few."""
+"""Checks the number of iterations of a run, and warns about config keys that have no effect with so few."""
 
 from contracts.errors import UserError
 from pipelines.config.run import RunConfig

@@ -61,7 +61,7 @@ def device_of(config: RunConfig) -> Device:
 
 
 def require_memory(graph: Graph, config: RunConfig, device: Device, needs: Mapping[str, Memory]) -> None:
-    """Raise UserError if a stage on this machine, or on machines planned for as one, needs more memory than it has."""
+    """Raise UserError if a stage on this machine, or on machines simulated as one, needs more memory than it has."""
     for name, need in needs.items():
         room = int(need.share * device.bytes)
         wanted = need.total * (1 if device.gpus else need.processes)

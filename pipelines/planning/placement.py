@@ -85,7 +85,7 @@ def _with_layout(node: Node, sizes: Mapping[str, Any]) -> StageConfig:
 
 
 def _config_on_this_machine(node: Node, cluster: Cluster) -> StageConfig:
-    """The config of a stage on this machine, or on machines planned for as one."""
+    """The config of a stage on this machine, or on machines simulated as one."""
     layout = node.stage.layout(node.config)
     if layout.nodes > cluster.machines > 1:
         raise UserError(

@@ -14,7 +14,7 @@ from pipelines.planning.estimates import GraphOutlook
 Device = tuple[str, int]
 """A device: its executor, and its number."""
 Streams = Mapping[str, tuple[str, float]]
-"""By stages that stream from another one: its name, and the share of their own time that remains after it has ended."""
+"""By streaming stage: the name of the stage that it follows, and the share of its own time that remains after that."""
 LOCAL = "local"
 QUEUED, PAUSED, FINISHING = "queued", "paused", "finishing"
 NO_DEVICE = -1
@@ -105,7 +105,7 @@ class StageWork(NamedTuple):
     queue: float = 0.0
     """Seconds in a scheduler's queue before that."""
     demand: float = 0.0
-    """How much of the shared resource (such as cores) it uses."""
+    """The amount of the shared resource (such as cores) that it uses."""
     failures: tuple[tuple[float, float], ...] = ()
     """Failed attempts before the successful one: seconds until the failure, and seconds of the pause after it."""
     finish: float = 0.0
@@ -116,11 +116,11 @@ class StageTimes(NamedTuple):
     """The times of a stage, in seconds from the beginning."""
 
     submitted: float
-    """When the driver starts it."""
+    """Time at which the driver starts it."""
     start: float
-    """When it gets its devices."""
+    """Time at which it gets its devices."""
     end: float
-    """When it is published, and the driver has seen that."""
+    """Time at which it is published and the driver has seen that."""
     held: float
     """Seconds in which it held its devices: from start to end without the pauses after failed attempts."""
 
@@ -160,7 +160,7 @@ def simulate_schedule(
     start_seconds: float = 0.0,
     end_seconds: float = 0.0,
 ) -> dict[str, StageTimes]:
-    """Simulate a run from event to event: what the driver does when, with stages that take what `works` says.
+    """Simulate a run event by event: the driver's actions, with stages that take the times in `works`.
 
     Args:
         nodes: the stages of a placed graph, the most urgent first.
@@ -186,7 +186,7 @@ def simulate_schedule(
     followers = [number for number, followed in enumerate(producer) if followed is not None]
 
     admission = Admission(cluster)
-    # The work in seconds that a stage which has always run has done by `now`: less than `now` after any slowdown.
+    # Seconds of work that a stage running from the beginning has done by `now`: less than `now` after any slowdown.
     effort = 0.0
     now = 0.0
     rate, demanded = 1.0, 0.0
@@ -322,7 +322,7 @@ def _placement_of(node: Node) -> Placement:
 def critical_path(
     nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})
 ) -> list[str]:
-    """The longest chain of stages that need each other: no plan makes a run shorter.
+    """The longest chain of dependent stages; no schedule with these durations is shorter.
 
     Args:
         nodes: the stages, each after those that it needs.
@@ -367,7 +367,7 @@ def _earliest(
 def shortest_time(
     nodes: Iterable[Node], seconds: Mapping[str, float], streams: Streams = MappingProxyType({})
 ) -> float:
-    """A lower bound of the time of a run in any order: the critical path, or the total work of one device."""
+    """A lower bound of a run's time in any order: the longer of the critical path and the most work of one device."""
     nodes = list(nodes)
     work: dict[Device, float] = {}
     for node in nodes:

@@ -27,21 +27,21 @@ class DriverCosts:
     """Time that the driver itself takes, in seconds."""
 
     start: float = 0.0
-    """To start a stage that can start."""
+    """Time to start a stage that is ready."""
     end: float = 0.0
-    """To notice the end of a stage, check its output and record it."""
+    """Time to notice the end of a stage, check its output and record it."""
 
 
 @dataclass(frozen=True)
 class ScheduleConditions:
-    """What determines a schedule in addition to the stages' order, devices and times."""
+    """The conditions that determine a schedule in addition to the stages' order, devices and times."""
 
     streams: Streams = field(default_factory=dict)
     """The stages that stream from others (`scheduling.streams`)."""
     driver: DriverCosts = DriverCosts()
     """The driver's own time."""
     demands: Mapping[str, float] = field(default_factory=dict)
-    """How much each stage uses of the shared resource (`contention`); empty: stages do not slow each other down."""
+    """Each stage's demand for the shared resource (`contention`); empty: stages do not slow each other down."""
     room: float = math.inf
     """The amount of the shared resource."""
 
@@ -66,7 +66,7 @@ class PathStep:
 
     stage: str
     waits_for: str
-    """What it waited for: inputs, devices, or nothing."""
+    """The reason why it could not start earlier: inputs, devices, or nothing."""
     seconds: float
     """Seconds from the end of the stage before it to its own."""
 
@@ -300,7 +300,7 @@ def simulate(
 
 
 def sensitivities(simulation: Simulation, faster: float = 0.1) -> dict[str, float]:
-    """By kind of stage, the share of the run's time that is saved if these stages take 10 % less, the largest first.
+    """By kind of stage, the share of the run's time that is saved if its stages take `faster` less, the largest first.
 
     Kinds with a large gain are the bottleneck; those that have slack gain nothing.
     """
@@ -328,7 +328,7 @@ def describe_unknown(unknown: Sequence[str]) -> str:
 def contention(
     order: Iterable[Node], cluster: Cluster, threads: int | Callable[[Node], int]
 ) -> tuple[dict[str, float], float]:
-    """How much each stage uses of a shared resource, and how much there is of it.
+    """Each stage's demand for a shared resource, and the amount that is available.
 
     Without GPUs the resource is the machine's cores: each process of a stage uses as many as it has threads. With GPUs
     that several stages may use at once (`executor.parallel`), it is the GPUs.

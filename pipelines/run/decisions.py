@@ -26,12 +26,12 @@ class Decision:
     reuse: bool
     reason: str
     key: str
-    """The stage key to publish under. For a stage that follows another, the key is not known yet: equal to
-    `hidden_key`."""
+    """The stage key to publish under. For a stage that follows another it is not known yet, and `hidden_key` stands in
+    for it."""
     hidden_key: str = ""
     """The key in the name of the hidden directory."""
     follows: dict[str, Producer] = field(default_factory=dict)
-    """Makers of the unpublished inputs whose shards the stage reads while they are produced, by input path."""
+    """Producers of the unpublished inputs whose shards the stage reads while they are produced, by input path."""
 
 
 def decide(
@@ -76,7 +76,7 @@ def decide(
 
 
 def decide_to_follow(node: Node, versions: dict[str, str], maker: Node, making: Producer) -> Decision:
-    """The decision to start a stage on the shards that the maker of one of its inputs has finished so far."""
+    """The decision to start a stage on the shards that `maker`, which produces one of its inputs, has finished."""
     followed = node.stage.follows(node.config)
     hidden = hidden_key(key_parts(node.config, versions, followed=followed), followed, making.key)
     return Decision(False, f"follows {maker.name}", hidden, hidden, {str(maker.output): making})

@@ -1,4 +1,4 @@
-"""`pipeline fork RUN --from-iteration I`: a new run that shares earlier iterations with another by hard links."""
+"""`pipeline fork RUN --from-iteration I`: creates a run that shares earlier iterations with another by hard links."""
 
 import json
 import os

@@ -26,5 +26,5 @@ def stop_decision(graph: Graph, reused: Collection[str] | None = None) -> GateDe
 
 
 def refused(graph: Graph) -> set[int]:
-    """The iterations whose policies a gate that stops or rolls back has rejected; the best policy is none of them."""
+    """The iterations whose policies a gate that stops or rolls back has rejected; none of them is the best."""
     return {decision.iteration for _, decision in decisions(graph) if decision.refused}

@@ -1,4 +1,4 @@
-"""The metrics of iterations, derived from published evaluations alone."""
+"""Derives the metrics of iterations from published evaluations alone."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: the points of all its stages, each once, in order of arrival."""
+"""Records and reads the points of a run's stages: metrics.jsonl has each once, in order of arrival."""
 
 import math
 from collections.abc import Iterable

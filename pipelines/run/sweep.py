@@ -1,4 +1,4 @@
-"""`pipeline sweep CONFIG key=[a,b] ...`: the runs for a grid of values."""
+"""`pipeline sweep CONFIG key=[a,b] ...`: derives the runs for a grid of values."""
 
 import itertools
 import json

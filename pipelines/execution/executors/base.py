@@ -40,15 +40,15 @@ class Job(Protocol):
         ...
 
     def ended(self) -> bool:
-        """Whether it has ended, in success or failure."""
+        """Whether the job has ended, in success or failure."""
         ...
 
     def news(self) -> str | None:
-        """The reason why it has not started, if that may last; None if it has not changed since the last call."""
+        """The reason why the job has not started, if that may last; None if it has not changed since the last call."""
         ...
 
     def clear(self) -> "list[JobEnded]":
-        """Delete what the executor needed, after the end, and move the job's output to the attempt's logs.
+        """After the job's end, delete what the executor needed for it, and keep its output in the attempt's logs.
 
         Returns:
             Events during the job's life that the run's report shows.
@@ -56,7 +56,7 @@ class Job(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Ask it to end soon."""
+        """Ask the job to end soon."""
         ...
 
 
@@ -99,7 +99,7 @@ class Observation(Protocol):
 
 
 class JobTask(Protocol):
-    """A job's work on its nodes, if that is more than to supervise an attempt."""
+    """A job's work on its nodes, for executors whose jobs do more than supervise an attempt."""
 
     module: ClassVar[str]
     """The module whose `perform(task, entry)` does the work."""

@@ -155,7 +155,7 @@ class LocalJob:
         self._attempt = attempt
 
     def news(self) -> str | None:
-        """None: it starts at once."""
+        """Return None: a supervisor here starts at once."""
         return None
 
     def clear(self) -> list[JobEnded]:

@@ -48,7 +48,7 @@ class PairedComparison(msgspec.Struct, frozen=True):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference is larger than its interval."""
+        """Whether the difference is larger than `ci95`."""
         return abs(self.difference) > self.ci95
 
     @property

@@ -23,7 +23,7 @@ from pipelines.run.metrics import evaluations, mean_with_interval
 from training.registry import check_settings
 
 SHOWN_PROMPTS = 5
-"""How many prompts are shown with their answers, for the largest gains and for the largest losses."""
+"""Number of prompts shown with their answers, for the largest gains and for the largest losses each."""
 MAX_CHARACTERS = 2000
 """Characters of a prompt or an answer beyond which it is cut."""
 NOT_COMPARED = ("name", "directory", "date")

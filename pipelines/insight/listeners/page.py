@@ -33,7 +33,8 @@ class PageWriter:
         self._graph = graph
         self._last = max((node.iteration or 0 for node in graph.nodes.values()), default=0)
         self._changed = not (run.path / PAGE).exists()  # since the page was written
-        self._evaluated = False  # a policy but the last, since then: after the last one, the end of the run follows
+        # Whether a policy was evaluated since then. The last one does not count: the run ends right after it.
+        self._evaluated = False
         self._unread = 0
         self._child: ReaderProcess | None = None
 

@@ -146,7 +146,7 @@ class StageRow(msgspec.Struct, kw_only=True):
     detail: str = ""
     attempts: int = 0
     begun: float | None = None
-    """When its last attempt began, or was handed to a scheduler."""
+    """Time at which its last attempt began, or was handed to a scheduler."""
     ended: float | None = None
     wait: float | None = None
     """Seconds from `begun` to the start of its process, plus those in which it waited for shards of a stage that it
@@ -224,7 +224,7 @@ class ExpectedLine(msgspec.Struct, kw_only=True):
 
 
 class JudgeCosts(msgspec.Struct, kw_only=True):
-    """What a judge has cost, over all published stages."""
+    """The costs of a judge, over all published stages."""
 
     scorer: str
     stages: int
@@ -272,7 +272,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     """Expected and measured durations by role; empty where the run's plan has no expectation."""
     training: list[TrainingCurves] = []
     calibration: dict[str, list[dict[str, Any]]] = {}
-    """Of each reward model, by stage: bins of confidence and accuracy."""
+    """Bins of confidence and accuracy of each reward model, by stage."""
     held_out_accuracy: dict[str, float] = {}
     """Accuracy of each reward model, by stage, on pairs that it was not trained on."""
     facts: list[dict[str, Any]] = []

@@ -35,9 +35,9 @@ TRAINING_LOG = "training-log.jsonl"
 SELECTED = (TRAINED_ON, "selected/rollouts", "replay/rollouts")
 """Roles of rollouts that an iteration may train on; it trains on the last of them that it has."""
 BEFORE_SELECTION = "generation, before selection"
-"""The role that is shown for the others."""
+"""The role that is shown for an iteration's other rollouts."""
 MAX_CURVES = 6
-"""Trainings of one role whose curves are shown: the latest ones."""
+"""Maximum number of trainings of one role whose curves are shown: the latest."""
 MAX_STEPS = 240
 """Points of a training curve."""
 MAX_LINES = 200

@@ -141,7 +141,7 @@ def _chunks_that_fit(sets: list[SampleSet], room: int) -> list[str]:
 
 
 def _interest_rank(found: SampleSet) -> tuple[int, int]:
-    """Sort key by interest to a reader: held-out prompts first, then the latest iterations."""
+    """Sort key by interest to a reader: held-out prompts first, the setup last; later iterations before earlier."""
     return (found.role != HELD_OUT if found.iteration is not None else 2), -(found.iteration or 0)
 
 

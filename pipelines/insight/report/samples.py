@@ -29,6 +29,7 @@ from pipelines.insight.report.rows import (
 from pipelines.insight.report.vocabulary import Vocabulary
 
 MAX_POINTS = 300
+"""Maximum number of answers whose length and score are drawn."""
 EXCERPT_CHARACTERS = 120
 MAX_CHARACTERS = 300
 """Characters of the texts on the first screen."""
@@ -164,7 +165,7 @@ class _Reader:
                 self.gap_tokens += len(reference)
 
     def _add_to_chunk(self, row: RolloutFields, scores: list[dict[int, ScoreFields]], pairs: list[PairFields]) -> None:
-        """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]; details end an answer."""
+        """Add a row to the chunk: [prompt id, messages, known answer, answers, pairs]. Score details end an answer."""
         answers = [
             [
                 answer.sample,

@@ -10,7 +10,7 @@ from pipelines.run.metrics import mean_with_interval, ranking_metric
 from pipelines.text import format_ranges, plural
 
 LOADING_SHARE = 0.2
-"""Share of the stages' time from which `executor.warm` is recommended against loading."""
+"""Share of the stages' time spent on loading from which `executor.warm` is recommended."""
 IDLE_SHARE = 0.5
 """Share of the time from which idle devices, and waiting for them, are mentioned."""
 UNUSUAL_SHARE = 0.5

@@ -118,7 +118,7 @@ def time_facts(rows: list[StageRow], events: list[Event]) -> TimeFacts:
 
 
 def set_held_times(rows: Iterable[StageRow], needs: Mapping[str, Iterable[str]], events: Iterable[Event]) -> None:
-    """Set `held` of each stage: for how long its inputs were complete before it started, since its devices were taken.
+    """Set `held` of each stage: the seconds that it waited for devices after its inputs were complete.
 
     Args:
         rows: all stages, which are changed.

@@ -1,4 +1,4 @@
-"""`pipeline view RUN`: serves the report over HTTP on this machine, updated whenever something has happened in the run.
+"""`pipeline view RUN`: serves the report over HTTP on this machine, updated as the run goes on.
 
 It writes nothing, so it also works for another user's run, and for one in progress on another machine with the same
 file system. Pages of other origins get no answers: requests must name the bound address in their Host header.
@@ -33,7 +33,7 @@ HOST = "127.0.0.1"
 PORT = 8710
 FOLDER = "samples"
 POLL_SECONDS = 2.0
-"""Shortest time between two looks at the disk."""
+"""Minimum interval between checks of the files."""
 MAX_AGE_SECONDS = 30.0
 """Age at which the report is gathered again in any case: a stage that fails or waits records no event at once."""
 
@@ -90,7 +90,7 @@ class LiveReport:
 
 
 def _size(path: Path) -> int:
-    """The size of a file; -1 if it cannot be read. It is opened, because a network file system's size is fresh then."""
+    """The size of a file; -1 if it cannot be read. Opening it makes a network file system report the current size."""
     try:
         with path.open("rb") as file:
             return file.seek(0, 2)

@@ -70,7 +70,7 @@ def compare(found: ExpectedRun, fixed: ExpectedRun, *, seed: int = 0) -> PlanCom
 
 
 def error_of(run: ExpectedRun, *, seed: int = 0) -> float:
-    """One standard deviation of a plan's expected time, in seconds, by the same draws."""
+    """One standard deviation of a plan's expected time, in seconds, from draws of prediction errors."""
     return statistics.pstdev(
         [run.seconds_with(factors) for factors in _draws(layout_errors(run), seed, REPORTED_DRAWS)]
     )

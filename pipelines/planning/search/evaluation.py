@@ -333,7 +333,7 @@ class PlanTable:
         Args:
             setting: the run.
             options: the layout options of another table of the same run, to reuse.
-            shapes: restrict layouts to these shapes (`shape_of`), and to layouts that runs have used.
+            shapes: use only layouts that have one of these shapes (`shape_of`) or that runs have used.
         """
         self.setting = setting
         self._shapes = shapes

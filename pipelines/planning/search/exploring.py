@@ -17,7 +17,7 @@ from pipelines.planning.search.layouts import Layout
 from pipelines.planning.search.plans import MAX_POOLS, WHOLE, PlanChoice, pool_divisions
 
 EXHAUSTIVE_LIMIT = 2000
-"""Up to this many plans are all evaluated."""
+"""Number of plans up to which all are evaluated."""
 CHAINS = 6
 STEPS = 100
 """Steps of a chain, per role."""
@@ -50,7 +50,7 @@ def explore(table: PlanTable, *, seed: int = 0, seconds: float = math.inf, few: 
     Args:
         seed: seed of the chains.
         seconds: time limit, after which the best plan so far is returned.
-        few: up to this many plans are all evaluated.
+        few: number of plans up to which all are evaluated.
     """
     began = time.monotonic()
     search = _Search(table, random.Random(seed), began + seconds)

@@ -22,9 +22,9 @@ Layout: TypeAlias = tuple[tuple[str, Any], ...]
 """The sizes of a layout as sorted (key, size) pairs; empty: those of the stage's own section, adapted to its
 devices."""
 MAX_LAYOUTS = 8
-"""Maximum number of layouts of a stage that are kept for a number of devices, the fastest ones."""
+"""Maximum number of layouts of a stage, the fastest ones, that are kept for each number of devices."""
 FEW_DEVICES = 16
-"""Up to this many devices, all their divisors are tried as numbers of processes."""
+"""Number of devices up to which all of its divisors are tried as numbers of processes."""
 MICRO_BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of the micro-batch that are tried, relative to the config's."""
 BEYOND_LAYERS, NO_ROOM, NO_COST, TOO_FEW, REFUSED = (
@@ -123,7 +123,7 @@ class LayoutOptions:
         self._others: dict[tuple[str, str], Graph] = {}
         self._rooms: dict[str, int] = {}
         self.left_out: dict[str, Counter[str]] = {}
-        """By role, how many layouts were left out for each reason, over all numbers of devices."""
+        """By role and reason, the number of layouts that were left out, over all numbers of devices."""
         self.looked_at = 0
         """Number of layouts that were predicted."""
         self.memory_unknown: set[str] = set()

@@ -12,6 +12,7 @@ from pipelines.graph import Graph
 PROGRAMS = ("sbatch", "squeue", "sacct", "sinfo", "scancel", "scontrol", "srun")
 LOCAL = "or set executor=local to run on this machine"
 ANSWER_SECONDS = 120
+"""Maximum time that a Slurm command may take to answer."""
 
 
 def check_slurm(executor: ExecutorSection, graph: Graph) -> None:

@@ -1,4 +1,4 @@
-"""Runs without a driver: all jobs are submitted at once, each with dependencies on the jobs that it needs.
+"""Submits detached runs, which have no driver: all jobs at once, each with dependencies on those that it needs.
 
 No process stays behind. A stage's first job decides as a driver would whether the stage can be reused (`prepare`). Its
 last job records what was published, or retries the stage (`finalize`): it submits the next attempt and moves the
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REBUILD_MARK = "again"
-"""File in an attempt that rebuilds deleted weights; it holds the reason."""
+"""File that marks an attempt that rebuilds deleted weights; it holds the reason."""
 RETRY_MARK = "continues"
-"""File in an attempt that was submitted by a finishing job."""
+"""File that marks an attempt that a finishing job has submitted, as a retry."""
 
 
 def detach(console: "Console", site: Site, plan: dict[str, Verdict]) -> None:

@@ -1,4 +1,4 @@
-"""Events of jobs that ended abnormally, from Slurm's accounting."""
+"""Derives the events of jobs that ended abnormally from Slurm's accounting."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The jobs of one attempt at a stage, and their submission. Their work on the nodes is in node.py.
+"""Submits and records the jobs of one attempt at a stage. Their work on the nodes is in node.py.
 
     W   works: one supervisor per task of an array, or per node
     F   finishes, after W has ended in success or failure: publishes the output of an array's tasks; in a detached run

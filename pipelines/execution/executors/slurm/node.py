@@ -1,4 +1,4 @@
-"""The work of a job on its nodes.
+"""Does the work of a job on its nodes: runs the stage's command, publishes and finalizes.
 
 Every task of every array imports this module first, so it imports as little as possible.
 """
@@ -28,7 +28,7 @@ from pipelines.execution.executors.slurm.task import EXIT_CODES, Duty, SlurmTask
 from pipelines.execution.supervisor import DECISION, supervise
 
 RENDEZVOUS_SECONDS = 300.0
-"""Maximum time that the nodes of a job wait for the first of them."""
+"""Maximum time that the nodes of a job wait for its first node."""
 SIGNAL_MARGIN_SECONDS = 150.0
 """Maximum time in seconds between Slurm's preemption signal and the start of the grace period: our margin, and the
 granularity of Slurm's clock."""
@@ -122,7 +122,7 @@ def _is_reused(task: SlurmTask, entry: JobEntry) -> bool:
 
 
 class StopRequest:
-    """Whether Slurm has sent its preemption signal, before a time limit or a preemption, since the job started."""
+    """Tells whether Slurm has sent its preemption signal since the job started: before a time limit or a preemption."""
 
     def __init__(self) -> None:
         self._asked = False

@@ -1,4 +1,4 @@
-"""A stage's resource request to Slurm, with all defaults filled in, and as submitit's parameters."""
+"""Determines a stage's resource request to Slurm, with all defaults filled in, and translates it for submitit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -171,6 +171,6 @@ def submitit_parameters(
 
 
 def device_hours(resources: Resources) -> float:
-    """GPU-hours (without GPUs CPU-hours) that a stage requests; an upper bound, because it counts whole time limits."""
+    """GPU-hours that a stage requests, or CPU-hours without GPUs; an upper bound, since whole time limits count."""
     each = resources.gpus or resources.cpus
     return resources.tasks * resources.nodes * each * resources.minutes / 60

@@ -1,4 +1,4 @@
-"""Slurm's own commands: the queue, the records of ended jobs, and actions on jobs.
+"""Calls Slurm's own commands: reads the queue and the records of ended jobs, and acts on jobs.
 
 A controller that does not answer (restarting, or busy) is asked again for a while: nothing is decided without an
 answer.
@@ -82,7 +82,7 @@ class JobRecord(msgspec.Struct, frozen=True):
 
     @property
     def word(self) -> str:
-        """The state without the user who caused it."""
+        """The state alone: CANCELLED for "CANCELLED by 1000"."""
         return self.state.split()[0]
 
 

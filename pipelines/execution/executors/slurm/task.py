@@ -1,4 +1,4 @@
-"""The description of a job's work, and its exit codes for Slurm."""
+"""Describes a job's work, and defines its exit codes for Slurm."""
 
 import math
 from dataclasses import dataclass
