@@ -99,7 +99,7 @@ class RlhflowScoresConfig(StageConfig):
     source: Path = input_path()
     """The file that the rollouts came from; every row must have `rewards`."""
     rollouts: Path = input_path()
-    """What `rlhflow-import` published."""
+    """Rollouts that `rlhflow-import` published."""
     name: str = identity("reward", min_length=1)
     """Name of the scorer."""
     max_dropped: float = identity(0.1, ge=0, le=1)
@@ -110,8 +110,8 @@ class CheckpointEvaluationSettings(Section):
     """Settings of your own evaluation."""
 
     function: PathText = identity()
-    """file.py:function or package.module:function, called as function(checkpoint, output, **settings): directories of
-    the model and for its files, both paths. It returns its metrics, numbers by name."""
+    """file.py:function or package.module:function, called as function(checkpoint, output, **settings) with two paths:
+    the model's directory, and a directory for files of its own. It returns its metrics, numbers by name."""
     settings: dict[str, Any] = identity({})
     """Further keyword arguments of the function."""
     inputs: list[Path] | None = input_path(None, min_length=1)

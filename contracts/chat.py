@@ -1,6 +1,6 @@
 """Converts conversations to token ids and back, with the chat template applied once by the model's own tokenizer.
 
-Import this module late: it loads transformers with the first tokenizer, which is not installed everywhere.
+The first `ChatTokenizer` of a process imports transformers, which not every environment has.
 """
 
 import functools
@@ -310,7 +310,7 @@ class ChatTokenizer:
             )
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that continues another one; special tokens in it are read as such."""
+        """Token ids of a text that continues another one; special tokens written in it become their own ids."""
         return self._continuation(text)
 
     def text(self, response_ids: Sequence[int], preceding: Sequence[int] = ()) -> str:

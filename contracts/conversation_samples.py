@@ -69,7 +69,7 @@ def sample(request: SamplingRequest) -> SampledData:
 
 
 def few_of_each_kind(conversations: Iterator[Conversation]) -> list[Conversation]:
-    """The first `PER_KIND` conversations of every kind, and the longest of all."""
+    """The first `PER_KIND` conversations of each of the first `KINDS` kinds, and the longest of the others."""
     kinds: dict[Any, list[Conversation]] = {}
     longest: tuple[int, Conversation | None] = (-1, None)
     for conversation in conversations:

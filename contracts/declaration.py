@@ -28,7 +28,7 @@ training: one job on one or several nodes. light: one process without a large mo
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model that a stage reads, and its requirements."""
+    """A model that a stage reads, and what the stage requires of it."""
 
     path: Path
     checks: tuple[Callable[[ModelInfo], None], ...] = ()

@@ -7,7 +7,7 @@ from contracts.errors import TransientError, UserError
 from contracts.ledger import Ledger
 
 FAILED = "failed"
-"""Their reason in the drop ledger."""
+"""Reason in the drop ledger: the sample could not be computed."""
 SHOWN = 5
 
 
@@ -25,7 +25,7 @@ class Faults:
         """`limit`: share of the samples that may fail; if 0, the first fault ends the stage with its own error."""
         self.limit = limit
         self.messages: list[str] = []
-        """The first few, for the manifest."""
+        """Messages of the first few faults, for the manifest."""
 
     def add(self, fault: Fault) -> None:
         """Record a fault, or raise its error if none is tolerated."""

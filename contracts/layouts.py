@@ -13,7 +13,7 @@ from contracts.records import Message
 
 Slot = Literal["prompt", "system", "input", "choices", "answer", "id", "tags", "tools"]
 Field = Slot | Literal["response"]
-"""The roles that a column can have; only demonstrations read the response."""
+"""A slot that a column can fill; only demonstrations read the response."""
 
 CONVERSATIONS = ("messages", "context_messages", "conversations", "conversation")
 """Names of columns that hold a conversation; if there is also a column of TEXTS, that repeats a part of it."""

@@ -43,7 +43,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fingerprint of a checkpoint's weights, or of the weights that generated the rows."""
     versions: dict[str, str]
     hardware: dict[str, Any]
-    """The hardware that it ran on, and its peak usage (contracts/hardware.py)."""
+    """The hardware that the stage ran on, and its peak usage (contracts/hardware.py)."""
     seconds: dict[str, float]
     """Time by phase: prepare (keys, locks), import, load, compute, wait (for shards of a stage that it follows), save,
     check (until the inputs are verified); total covers everything."""

@@ -20,9 +20,9 @@ class CurriculumSettings(Section):
     score at least `passes`. rank: the share of its source's prompts whose mean score is lower; for rewards without a
     fixed scale."""
     low: float | None = identity(None)
-    """Prompts below it are too hard."""
+    """Prompts below this are too hard."""
     high: float | None = identity(None)
-    """Prompts above it are too easy."""
+    """Prompts above this are too easy."""
     passes: float | None = identity(None)
     """For measure=pass_rate: the score at which a response passes."""
     fresh: float = identity(0.5, ge=0, le=1)
@@ -62,14 +62,14 @@ class DrawConfig(StageConfig):
     after: Path | None = input_path(None)
     """An earlier draw, to continue after it. Each source is read in order, and restarts at its end."""
     curriculum: CurriculumSettings | None = identity(None)
-    """Which prompts are repeated, before a source is exhausted."""
+    """Rules by which prompts are repeated before a source is exhausted."""
     history: list[Path] = input_path([])
     """For the curriculum: published scores of earlier iterations, in order."""
     replaces: list[Path] = input_path([])
     """The earlier draws for this iteration, to draw a replacement for each prompt without a signal: all scores are
     equal or, with `margin`, differ by less. Nothing is drawn if every prompt has one."""
     judged: list[Path] = input_path([])
-    """Published scores of the responses to each of these draws."""
+    """Published scores of the responses to each draw in `replaces`, in the same order."""
     margin: float = identity(0.0, ge=0)
     """Minimum difference between the best and the worst score of a prompt's responses."""
 

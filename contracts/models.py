@@ -14,7 +14,7 @@ from contracts.tokenizer import OTHER_VOCABULARIES, require_tokenizer
 VALUE_HEAD = "value_head/model.safetensors"
 """File of a policy that is its own critic: one tensor `weight` [1, hidden size]; engines do not load it."""
 MASTER = "master"
-"""Folder of a bfloat16 checkpoint with the difference to training's final fp32 weights, for the next training."""
+"""Folder in a bfloat16 checkpoint with the remainders to fp32 (modeling/master.py), for the next training."""
 PROCESS_MODEL = "Qwen2ForProcessRewardModel"
 """The class of Qwen2.5-Math-PRM, a token classifier whose head has two layers; transformers does not have it."""
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", PROCESS_MODEL)

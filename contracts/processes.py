@@ -160,8 +160,8 @@ def pids_with_variable(variable: str) -> list[int]:
 
 
 def kill_with_variable(variable: str) -> list[int]:
-    """Kill the other processes whose environment contains `variable` (NAME=VALUE), wait until they are gone, and return
-    their ids."""
+    """Kill the other processes whose environment contains `variable` (NAME=VALUE), wait up to 10 s until they are gone,
+    and return their ids."""
     found = pids_with_variable(variable)
     for pid in found:
         kill(pid, signal.SIGKILL)

@@ -77,7 +77,7 @@ class Publication:
         self.stage = stage
         self.key = key
         self.made_from: Callable[[str], str | None] = lambda name: None
-        """Returns, for a shard's receipt, the digest of the input shard that it was computed from."""
+        """Maps a shard's name to the digest of the input shard that it was computed from, for its receipt."""
         self.directory = partial_directory(target, hidden_key or key or "")
         self._fits = fits
         self._lock = DirectoryLock(self.directory, target)

@@ -145,7 +145,11 @@ def _digests(value: Any, where: Callable[[Path], Path]) -> Any:
 
 
 def main(stages: dict[str, Stage[Any]], package: str, argv: list[str] | None = None) -> NoReturn:
-    """Run one stage from the command line and exit: 0 published or reused, 2 a user's mistake, 1 any other failure."""
+    """Run one stage from the command line, and exit.
+
+    The exit code is 0 if it has published or reused, 2 for a user's mistake, 128 + N if signal N stopped it, 141 if the
+    reader of its output has gone, and 1 for any other failure.
+    """
     die_with_parent()
     stopping.listen()
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # the supervisor gets a stack dump of a stalled stage

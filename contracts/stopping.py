@@ -74,8 +74,11 @@ def requested() -> bool:
 
 
 def as_stop(error: BaseException) -> BaseException:
-    """The reason why a process ends: the requested stop after Ctrl-C or SIGHUP, which also ended its children and so
-    may have caused `error`; otherwise `error` itself."""
+    """The reason why a process ends, given the error that ends it.
+
+    Ctrl-C and SIGHUP also reach its children, so after them any `error` may be a consequence: the reason is then the
+    requested stop. Otherwise it is `error` itself.
+    """
     if isinstance(error, KeyboardInterrupt):
         return Stopped(128 + signal.SIGINT)
     if _requested in TERMINAL and not isinstance(error, Stopped):

@@ -1,4 +1,4 @@
-"""Reads and verifies the headers of a model directory's safetensors files, without torch or numpy, and no weights."""
+"""Reads and verifies the headers of a model directory's safetensors files, not the weights. Needs no torch or numpy."""
 
 import json
 import math

@@ -78,7 +78,7 @@ class GenerationSettings(Section):
     """Responses per prompt."""
     temperatures: list[float] = identity([1.0], min_length=1)
     """Sampling temperatures; K is divided among them in equal parts, in order. 0 is greedy: one response, whose
-    log-probabilities are the model's own in either logprob_mode."""
+    log-probabilities are those at temperature 1 in either logprob_mode."""
     top_p: float = identity(1.0, gt=0, le=1)
     """Nucleus sampling: smallest set of tokens with at least this probability."""
     top_k: int = identity(0, ge=0)

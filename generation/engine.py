@@ -82,10 +82,10 @@ class SamplingEngine(Protocol):
 
 
 def set_threads(parts: int) -> str:
-    """Set OMP_NUM_THREADS to the number of cores, unless the user has set it; returns it. Call it before torch loads.
+    """Set OMP_NUM_THREADS, unless the user has, to the cores divided by `parts`, an engine's processes; returns it.
 
-    Without it, vLLM's throughput on a CPU drops to a fifth. The last bits of CPU results depend on it. So it must not
-    depend on the number of replicas, which may not change results; it depends on `parts`, an engine's processes.
+    Call it before torch loads. Without it, vLLM's throughput on a CPU drops to a fifth. The last bits of CPU results
+    depend on it, so it must not depend on the number of replicas, which may not change results.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // parts)

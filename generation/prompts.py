@@ -63,7 +63,7 @@ def prompt_ids(tokenizer: ChatTokenizer, prompt: Prompt, *, drop: bool = False) 
     """Render a conversation as token ids with the policy's chat template, including the generation prompt.
 
     Args:
-        tokenizer: the policy's.
+        tokenizer: the policy's tokenizer.
         prompt: the prompt.
         drop: return None if the template refuses the conversation, instead of raising.
     """

@@ -129,7 +129,7 @@ def sample_shard(
     Args:
         shard: the prompts.
         engine: the engine with the policy.
-        tokenizer: the policy's.
+        tokenizer: the policy's tokenizer.
         config: the stage's config.
         policy: fingerprint of the weights in `engine`.
     """

@@ -216,7 +216,7 @@ def open_engine(config: GenerationConfig, settings: EngineSettings) -> SamplingE
         from generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, settings)
-    # vLLM silently leaves weights uninitialised that the checkpoint lacks.
+    # vLLM silently leaves weights uninitialized that the checkpoint lacks.
     check_weights(config.policy, "causal")
     if config.servers:
         from generation.vllm_server import VllmServer

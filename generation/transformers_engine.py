@@ -157,7 +157,7 @@ class _Sampler:
         temperatures = torch.tensor([one.temperature for one in sampling], device=device)
         self._greedy_B = temperatures == 0
         self._temperature_B = torch.where(self._greedy_B, 1.0, temperatures)
-        # The same for all rows except greedy ones, whose token the filters do not change.
+        # These are the same for all rows except greedy ones, whose token the filters do not change.
         self._top_p = min(one.top_p for one in sampling)
         self._top_k = max(one.top_k for one in sampling)
         self._min_p = max(one.min_p or 0.0 for one in sampling)

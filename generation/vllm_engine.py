@@ -26,7 +26,7 @@ from modeling.vllm_process import CPU_BLOCK, CPU_STEP, beat_with_every_step, set
 PROBE_EXACT = 1e-2
 """Maximum difference between the engine's and the trainer's log-probability of a token in float32 (nats)."""
 PROBE_HALF = 1.0
-"""The same in half precision, where engine and trainer round differently (mean differences are a quarter of it)."""
+"""The same limit in half precision, where engine and trainer round differently (by a quarter of it on average)."""
 
 EXTENSION = "generation.weight_update.WeightUpdate"
 """Class whose methods vLLM adds to its workers."""
@@ -190,7 +190,7 @@ class VllmEngine(UpdatableEngine):
         return found
 
     def sequence_logprobs(self, ids: list[int]) -> list[float]:
-        """Computed as the log-probabilities of a prompt."""
+        """Compute them as the log-probabilities of a prompt."""
         params = self._sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self._llm.generate([{"prompt_token_ids": ids}], [params], use_tqdm=False)
         return [output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
@@ -226,7 +226,7 @@ def _answer(completion: Any, request: GenerationRequest) -> Answer:
 
 
 def reason_of(finish_reason: FinishReason, stop_reason: int | str | None) -> tuple[FinishReason, str | None]:
-    """The finish reason, and the stop string if one ended the answer, for which vLLM also reports "stop"."""
+    """Our finish reason for vLLM's, which is "stop" for stop strings too; and the stop string that ended it, if any."""
     return ("stop_string", stop_reason) if isinstance(stop_reason, str) else (finish_reason, None)
 
 
@@ -258,7 +258,7 @@ def structured_outputs(config: GenerationConfig) -> dict[str, Any]:
 
 
 def is_multimodal(model: Path) -> bool:
-    """Whether a model may be multimodal: its config.json has sections for parts."""
+    """Whether a model may be multimodal: its config.json has a section for a submodel, such as `vision_config`."""
     settings = json.loads((model / "config.json").read_text())
     return any(name.endswith("_config") and isinstance(value, dict) for name, value in settings.items())
 

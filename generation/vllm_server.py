@@ -70,7 +70,7 @@ class VllmServer(UpdatableEngine):
         flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
         flags.append(f"--middleware={RequireKey.__module__}.{RequireKey.__name__}")
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-        # Workers and caches are reached by paths that exist in development mode only.
+        # The HTTP paths that reach workers and caches exist only in development mode.
         variables = {KEY: self._key, "VLLM_SERVER_DEV_MODE": "1"}
         if not on_gpu:
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a process
@@ -167,7 +167,7 @@ class VllmServer(UpdatableEngine):
         return found
 
     def sequence_logprobs(self, ids: list[int]) -> list[float]:
-        """Computed as the log-probabilities of a prompt."""
+        """Compute them as the log-probabilities of a prompt."""
         body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         (choice,) = self._post("/v1/completions", body, self._update_timeout)["choices"]
         return [choice["prompt_logprobs"][place][str(ids[place])]["logprob"] for place in range(1, len(ids))]

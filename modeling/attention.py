@@ -13,8 +13,8 @@ from modeling.packing import PackingPlan
 
 NAME = "packed"
 QUERIES = 64
-"""Queries per attention call in `attend_once`: a block reads keys only up to its own end, so that less is computed
-that the causal mask would hide."""
+"""Queries per attention call in `attend_once` where it needs a mask. A block of queries reads keys only up to its own
+end, which avoids most of the scores that the mask would hide."""
 
 
 def use_packed_attention(model: Any) -> None:
@@ -194,7 +194,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: Pac
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant, plan: PackingPlan) -> Tensor:
-    """The same as `_flash`, by torch's variable-length kernel."""
+    """The same as `_flash`, with torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     output: Tensor = varlen_attn(  # type: ignore[assignment]
@@ -225,7 +225,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
-    """The same as `_sdpa`, with materialised scores, for soft-capping and sinks."""
+    """The same as `_sdpa`, with materialized scores, for soft-capping and sinks."""
     groups = q.shape[2] // k.shape[2]
     k, v = (tensor.repeat_interleave(groups, dim=2) for tensor in (k, v))
     scaling = q.shape[-1] ** -0.5 if variant.scaling is None else variant.scaling

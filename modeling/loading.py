@@ -1,4 +1,4 @@
-"""Loads models for all stages, and never leaves a weight at its random initialisation."""
+"""Loads models for all stages, and never leaves a weight at its random initialization."""
 
 import copy
 import re
@@ -39,7 +39,7 @@ DTYPES = {
 }  # fmt: skip
 """torch's dtypes by safetensors' names."""
 NEW_HEAD = "score.weight"
-"""The score head, which a reward model or critic initialised from a causal language model lacks."""
+"""The score head, which a reward model or critic initialized from a causal language model lacks."""
 LEFTOVER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 """Buffers that older versions of transformers saved; models now compute them."""
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")
@@ -219,7 +219,7 @@ def _token_class(info: ModelInfo) -> Any:
 
 
 def load_reward(model: Path, dtype: torch.dtype, seed: int, *, master: bool = False, empty: bool = False) -> Any:
-    """Load a sequence classifier with one label. A causal model gets a new head, initialised from `seed`.
+    """Load a sequence classifier with one label. A causal model gets a new head, initialized from `seed`.
 
     The new head is normal with standard deviation 1 / sqrt(hidden size + 1) (Stiennon et al. 2020, arXiv 2009.01325).
     `dtype`, `master` and `empty` are those of `load_causal`.

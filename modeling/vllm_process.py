@@ -1,4 +1,4 @@
-"""Prepares a stage's process for vLLM: environment variables, heartbeats and checks that all of its engines share."""
+"""Prepares a stage's process for vLLM: the environment variables, heartbeats and checks that all vLLM engines share."""
 
 import ast
 import functools
@@ -21,17 +21,17 @@ CPU_STEP = 2048
 
 
 def set_environment(*, on_gpu: bool, parts: int = 1) -> None:
-    """Set defaults of vLLM's environment variables for an engine of `parts` processes; variables that are set stay."""
+    """Set vLLM's environment variables for an engine of `parts` processes, except those that the user has set."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_gpu:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         return
-    # On a CPU it prints a page of warnings about normal conditions.
+    # On a CPU vLLM prints a page of warnings about normal conditions.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # On a CPU it uses torch.compile only for the rank of a log-probability, which nobody reads; compiling takes longer
-    # than computing, and needs a C++ compiler.
+    # On a CPU vLLM uses torch.compile only for the rank of a log-probability, which nobody reads; compiling takes
+    # longer than computing, and needs a C++ compiler.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if parts > 1:  # by default it binds each process to its own NUMA node, and refuses more processes than nodes
+    if parts > 1:  # by default vLLM binds each to a NUMA node of its own, and refuses more processes than nodes
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 

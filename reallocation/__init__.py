@@ -1,1 +1,4 @@
-"""Parameters from one parallel layout to another: between processes, from files and in files. The core has no torch."""
+"""Moves parameters between parallel layouts: between processes, from files, or from files to files.
+
+Only `reallocation.live` needs torch.
+"""

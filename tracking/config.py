@@ -14,9 +14,9 @@ class WandbSettings(Section):
     entity: str | None = runtime(None)
     """The user or team; by default the one that the key belongs to."""
     name: str | None = runtime(None)
-    """The run's name in the tracker; by default the same as here."""
+    """The run's name in the tracker; by default the name of its directory."""
     group: str | None = runtime(None)
-    """The group of runs that it belongs to."""
+    """The group in the tracker that the run belongs to."""
     tags: list[str] = runtime([])
     """Tags of the run."""
     mode: Literal["online", "offline"] = runtime("online")
@@ -29,9 +29,9 @@ class TrackioSettings(Section):
     project: str = runtime("ratchet")
     """The project."""
     name: str | None = runtime(None)
-    """The run's name in the tracker; by default the same as here."""
+    """The run's name in the tracker; by default the name of its directory, a hyphen and the run's id."""
     group: str | None = runtime(None)
-    """The group of runs that it belongs to."""
+    """The group in the tracker that the run belongs to."""
     space_id: str | None = runtime(None)
     """The Space that metrics are sent to (ORG/NAME), with the usual token of the Hub."""
     directory: Path | None = runtime(None)
@@ -53,7 +53,7 @@ class MlflowSettings(Section):
     experiment: str = runtime("ratchet")
     """The experiment."""
     name: str | None = runtime(None)
-    """The run's name in the tracker; by default the same as here."""
+    """The run's name in the tracker; by default the name of its directory."""
 
 
 class TrackingSection(Section):

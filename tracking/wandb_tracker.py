@@ -21,7 +21,7 @@ class WandbTracker:
 
     def __init__(self, run: TrackedRun, settings: dict[str, Any]) -> None:
         run.tracking_directory.mkdir(exist_ok=True)
-        # It reads inputs of wandb's launcher, which is not used here, and causes a third of wandb's imports.
+        # This method reads inputs of wandb's launcher, which is not used here, and causes a third of wandb's imports.
         wandb.Run._detect_and_apply_job_inputs = lambda run: None  # type: ignore[method-assign]
         self._run = wandb.init(
             id=run.id,

@@ -37,8 +37,9 @@ the whole step without gradients first; its summed metrics are in `batch.statist
 `batch.gather`: one number for every pair or response of the step.
 
 Decisions made once per step, and state carried from step to step, belong in `update(step, **settings)`, which runs
-between the two: every process calls it with the same `Step`, and its result is added to `batch.statistics`. It must
-return every name in STATE, which also gives the initial values; the next step has them in `step.state`:
+between `statistics` and the loss: every process calls it with the same `Step`, and its result is added to
+`batch.statistics`. It must return every name in STATE, which also gives the initial values; the next step has them in
+`step.state`:
 
     STATE = {"mean": 0.0}
 

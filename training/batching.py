@@ -2,7 +2,7 @@
 
 The optimizer steps depend only on the data and on (seed, epoch). How a step is divided over processes and
 micro-batches depends on the number of processes and the token budget, and must not change its result: every row
-occurs once with weight 1, and every normaliser is computed from the rows of the step.
+occurs once with weight 1, and every normalizer is computed from the rows of the step.
 """
 
 import math

@@ -47,7 +47,8 @@ def save_checkpoint(
     Args:
         state: gathered weights by the names of `shapes`, tied ones under both names; in fp32 where they were trained.
         model: the transformers model they belong to.
-        start: directory of the model that training began with; its tokenizer files are copied byte for byte.
+        start: directory of the model that training began with; its tokenizer files are copied byte for byte, except for
+            the name of a tokenizer class that transformers 4 does not know.
         shapes: name and shape of every tensor of the architecture.
         dtype: number format to store.
         changes: entries of `config.json` that training changed.
@@ -135,8 +136,8 @@ def _split_precision(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 def _update_kept(start: Path, whole: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Any]:
     """Measure how much of the training's update survives in bfloat16, over the tensors that both checkpoints have.
 
-    norm: u · v / u · u, for the update u of the fp32 weights and the change v of the bfloat16 weights: 1 if nothing is
-    lost. weights: the share of updated fp32 weights whose bfloat16 value has changed.
+    norm: (u · v) / (u · u), for the update u of the fp32 weights and the change v of the bfloat16 weights; 1 if nothing
+    is lost. weights: the share of updated fp32 weights whose bfloat16 value has changed.
     """
     before = MasterWeights(start)
     square = product = 0.0

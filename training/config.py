@@ -53,7 +53,7 @@ class TrainingSettings(Section):
     warmup_ratio: float = identity(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
     optimizer: Literal["adamw", "sgd"] = identity("adamw")
-    """sgd (no momentum) is for comparing parallel layouts."""
+    """The optimizer; sgd (without momentum) is meant for comparing parallel layouts."""
     weight_decay: float = identity(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay."""
     adam_beta1: float = identity(0.9, ge=0, lt=1)

@@ -1,4 +1,4 @@
-"""Importance correction: weights for samples of another policy than the one that is trained on them.
+"""Importance correction: weights for samples that a policy other than the trained one has generated.
 
 With l_t = log pi(y_t | ...) - log mu(y_t | ...) for each of an answer's T tokens, pi the policy at the start of the
 training (`proximal`, computed by the trainer) and mu the one that sampled (`behaviour`, reported by its engine), the

@@ -18,8 +18,8 @@ def measure_drift(rows: list[Row], engine: TrainingEngine, packing: Packing, bud
     """Compute every response's `proximal` log-probabilities with the engine, and compare them with `behaviour`.
 
     Returns:
-        mean: of |log p_trainer - log p_engine| over the tokens (nats); p95: its 95th percentile; outside: the share of
-        tokens whose ratio p_trainer / p_engine is outside of `RATIO`; tokens: their number.
+        mean: the mean of |log p_trainer - log p_engine| over all tokens (nats); p95: its 95th percentile; outside: the
+        share of tokens whose ratio p_trainer / p_engine is outside of `RATIO`; tokens: the number of tokens.
     """
     responses = [response for row in rows for response in row.responses]
     starts = np.cumsum([0, *(len(response.ids) for response in responses)])

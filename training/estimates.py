@@ -51,7 +51,7 @@ def training_memory(
 
     Args:
         config: the training.
-        size: of the model; the head of a classifier is trained.
+        size: dimensions of the model; the head of a classifier is trained.
         row: the largest row, if known.
         on_gpu: whether it trains on a GPU.
         with_reference: whether a reference model is loaded with the policy.

@@ -1,6 +1,6 @@
 """The experience stage: computes advantages and returns for every response token from scored samples.
 
-All samples of an iteration are processed together, in fp64 on the CPU, in flat arrays: normalisation over the whole
+All samples of an iteration are processed together, in fp64 on the CPU, in flat arrays: normalization over the whole
 batch, or over all answers to a prompt, then does not depend on how the training divides its work.
 """
 
@@ -169,7 +169,7 @@ def records(
 
 
 def summary(experience: WatchedExperience, found: algorithm.Advantages, kept: Tensor, truncated: int) -> dict[str, Any]:
-    """Facts for the manifest and the report: statistics over all usable samples, of advantages over the kept ones.
+    """Facts for the manifest and the report: statistics over all usable samples, those of advantages over kept ones.
 
     `kl` is the mean over the responses of the sum over their tokens of behaviour - reference (nats), an unbiased
     estimate of the divergence of the sampling policy from the reference; None without a reference. `kl_coefficient` is

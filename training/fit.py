@@ -1,4 +1,4 @@
-"""Load, train, validate and publish a model: common to all training stages."""
+"""Loads, trains, validates and publishes a model, the same way in all training stages."""
 
 import math
 from collections.abc import Callable

@@ -29,7 +29,7 @@ from training.state import Line, TrainingState
 
 @dataclass(frozen=True)
 class Totals:
-    """The normalisers of an optimizer step, computed from its rows alone: no collective is needed."""
+    """The normalizers of an optimizer step, computed from its rows alone: no collective is needed."""
 
     rows: int
     responses: int
@@ -58,7 +58,7 @@ class MicroBatch:
     weight: float
     """1, or 0 for a filler (`training/batching.py`)."""
     totals: Totals
-    """Normalisers of the whole step."""
+    """Normalizers of the whole step."""
     statistics: Statistics
     """Step-wide values computed before the loss."""
     places: tuple[int, ...] = ()
@@ -112,9 +112,9 @@ class Learning:
     rows: list[Row]
     loss: Loss
     statistics: Loss | None = None
-    """Computed over the whole step, without gradients, before its loss. Its metrics may be vectors."""
+    """Computes metrics over the whole step, without gradients, before the loss; they may be vectors."""
     update: Callable[[Step], Statistics] | None = None
-    """Called once per step, between `statistics` and the loss."""
+    """Computes further step-wide values; called once per step, between `statistics` and the loss."""
     state: dict[str, float] = field(default_factory=dict)
     """Initial values of what `update` carries from step to step; logged and checkpointed."""
 

@@ -1,4 +1,4 @@
-"""Coordination of a multi-node training's launchers: rendezvous, stop requests, exit codes and lost nodes.
+"""Coordinates the launchers of a multi-node training: rendezvous, stop requests, exit codes and lost nodes.
 
 Node 0 serves a torch `TCPStore`, at the port that torch's own rendezvous uses afterwards. Twice a second each node
 writes its state there and reads the others'. On their own, torch's ranks would wait for a lost node until a collective
@@ -106,7 +106,7 @@ class Nodes:
         """Prepare the coordination; `join` connects.
 
         Args:
-            rendezvous: this node's.
+            rendezvous: this node's rank, and the address of node 0.
             count: number of nodes.
             training: identifies the training; nodes of another one are refused.
             end_processes: asks this node's ranks to exit; called every second while another node has failed.
@@ -125,7 +125,7 @@ class Nodes:
         self._last_heard = [0.0] * count
         """Time of each node's last heartbeat."""
         self._exited_at = math.inf
-        """When this node's ranks had exited."""
+        """Time at which this node's ranks had all exited; infinity until then."""
         self._store_is_gone = False
         self._joined = False
         self._last_error = ""

@@ -30,7 +30,7 @@ class ParallelConfig(Section):
     zero: Literal[0, 1, 2, 3, "fsdp2"] = runtime(0)
     """Sharding over the dp processes: 1: optimizer, 2: gradients too, 3: weights too (DeepSpeed); fsdp2: all three."""
     offload: list[Literal["optimizer", "param"]] = runtime([])
-    """What DeepSpeed offloads to CPU memory."""
+    """Parts that DeepSpeed offloads to CPU memory: the optimizer's state, the parameters."""
     nodes: int = runtime(1, ge=1)
     """Number of machines, with the same number of processes on each; start the command once on every one."""
 

@@ -68,7 +68,7 @@ class Description:
     corrections: tuple[str, ...] = ()
     """Levels of importance correction that make it correct for such answers, if `off_policy` is false."""
     penalises_divergence: bool = True
-    """Whether its `advantages` puts a KL penalty into the reward; true for the user's own, as only a run can tell."""
+    """Whether its `advantages` puts a KL penalty into the reward; assumed for a user's own, as only a run can tell."""
 
     @property
     def needs_reference(self) -> bool:

@@ -103,7 +103,7 @@ def answer_rows(pair: Pair, held_out: bool) -> tuple[Row, ...]:
 
 
 def question_rows(pair: Pair, held_out: bool, *, chat: PairwiseChat, seed: int) -> tuple[Row, ...]:
-    """The rows of a pair for a pairwise model: the question which answer is better, and the right and the wrong label.
+    """Rows of a pair for a pairwise model: the question of which answer is better, with the right and the wrong label.
 
     The seed and the pair's id decide which answer comes first. A held-out pair is asked in both orders, with the chosen
     answer first and then with the rejected one first.

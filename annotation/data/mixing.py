@@ -49,7 +49,7 @@ class PreferencesScoresConfig(PreferenceSettings, StageConfig):
     code_version: ClassVar[int] = 1
 
     rollouts: Path = input_path()
-    """What `preferences-import` published."""
+    """Rollouts that `preferences-import` published."""
 
 
 class PairsSampleConfig(StageConfig):
@@ -63,7 +63,7 @@ class PairsSampleConfig(StageConfig):
     pairs: Path = input_path()
     """Published pairs."""
     share: float = identity(gt=0, le=1)
-    """Share of the pairs to take; with `beside`, their share of both together. With one seed, the pairs of a smaller
+    """Share of the pairs to take; with `beside`, their share of both together. With the same seed, pairs of a smaller
     share are a subset of those of a larger one."""
     beside: Path | None = input_path(None)
     """Published pairs to mix these with."""

@@ -35,7 +35,7 @@ NAMES: dict[PreferenceColumn, tuple[str, ...]] = {
     "chosen_score": ("score_chosen", "chosen_score"),
     "rejected_score": ("score_rejected", "rejected_score"),
 }
-"""Column names that are recognised without configuration; the first one that exists is used."""
+"""Column names that are recognized without configuration; the first one that exists is used."""
 CHOSEN, REJECTED = 0, 1
 """Sample indices of a pair's answers."""
 
@@ -117,7 +117,7 @@ def run_scores(config: PreferencesScoresConfig, context: Context) -> Outcome:
 
 
 def _rollout(chat: Any, pair: Preference) -> Rollout | str:
-    """Tokenize a pair, with its answers ended as the chat template ends them; or the reason why it cannot be."""
+    """Tokenize a pair, with its answers ended as the chat template ends them; if that fails, return the reason."""
     completions, prompt = [], []
     for sample, answer in enumerate(pair.answers):
         answered = chat.prompt_and_answer([*pair.messages, answer], what=f"pair {pair.prompt_id}")

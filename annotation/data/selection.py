@@ -36,16 +36,16 @@ class SelectConfig(StageConfig):
     rounds: list[Path] = input_path(min_length=1)
     """Published rollouts of an iteration."""
     scores: list[Path] = input_path(min_length=1)
-    """Published scores of each."""
+    """Published scores of each of `rounds`, in the same order."""
     margin: float | None = identity(None, ge=0)
     """Exclude prompts whose best and worst response differ by less in their scores; 0 excludes those whose responses
     all score the same. By default none is excluded."""
     earlier: list[Path] = input_path([])
     """Published rollouts of earlier iterations, the latest first, from which some prompts are replayed."""
     earlier_scores: list[Path] = input_path([])
-    """Published scores of each of these."""
+    """Published scores of each of `earlier`, in the same order."""
     shares: list[Annotated[float, Field(gt=0, le=1)]] = identity([])
-    """Share of the prompts to take from each of these."""
+    """Share of the prompts to take from each of `earlier`, in the same order."""
     seed: int = identity(0, ge=0)
     """Seed of the selection."""
 
@@ -66,11 +66,11 @@ class SelectScoresConfig(StageConfig):
     code_version: ClassVar[int] = 1
 
     rollouts: Path = input_path()
-    """What `select` published."""
+    """Rollouts that `select` published."""
     rounds: list[Path] = input_path(min_length=1)
     """All rollouts that `select` read."""
     scores: list[Path] = input_path(min_length=1)
-    """The scores of each."""
+    """Published scores of each of `rounds`, in the same order."""
     name: str = identity("reward", min_length=1)
     """Name of the scorer."""
 

@@ -30,14 +30,14 @@ class GateSettings(Section):
     """The bound is a multiple of the metric of another policy: the initial one, the previous one, or the best so far.
     For metrics that are never negative."""
     difference_to: Basis | None = identity(None)
-    """The bound is a difference to the metric of another policy."""
+    """The bound is a difference from the metric of another policy."""
     interval: bool = identity(True)
     """Require the whole 95 % interval to be beyond the bound, for metrics that have one; otherwise only the value
     counts."""
     patience: int = identity(1, ge=1)
     """Consecutive iterations in which the condition must hold before the action."""
     first: int = identity(1, ge=1)
-    """The first iteration that it applies to: raise it to continue a run that it has stopped."""
+    """The first iteration that the gate applies to; raise it to continue a run that the gate has stopped."""
     do: Literal["warn", "stop", "rollback"] = identity()
     """Warn; or end the run; or have the next iteration start from the best policy so far."""
     at_most: int = identity(1, ge=1)

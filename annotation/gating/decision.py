@@ -170,7 +170,8 @@ def _holds(gate: GateSettings, now: Measured, bases: Mapping[Basis, Measured]) -
     """Whether a gate's condition holds (None: unknown), and a description of the comparison.
 
     With a basis, the two policies' intervals are treated as independent: the half width for x - f y is then
-    sqrt(h_x^2 + f^2 h_y^2). That is conservative if both answered the same prompts, so a gate never acts too early.
+    sqrt(h_x^2 + f^2 h_y^2). If both answered the same prompts, their metrics are usually positively correlated, and
+    that half width is too large: a gate then acts late rather than early.
     """
     measured = now.values[gate.metric]
     basis = bases[gate.basis].values[gate.metric] if gate.basis else (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The gate stage: publishes the decision how a run continues after an iteration."""
+"""The gate stage: publishes the decision on how a run continues after an iteration."""
 
 from collections.abc import Mapping
 from pathlib import Path

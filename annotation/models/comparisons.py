@@ -65,7 +65,7 @@ def comparison_of(sample: Sample, other: str) -> Comparison:
 
 
 def score_of(sample: Sample, others: Sequence[str], results: Mapping[Comparison, Result]) -> Score | str | Fault:
-    """A sample's mean probability to win; identical answers tie.
+    """A sample's mean probability of winning; identical answers tie.
 
     If no comparison has a result, the reason why one of them has none, or "no_opponent". A comparison that fails makes
     both of its samples fail.

@@ -34,7 +34,7 @@ def load_model(config: ModelSettings, load: Callable[[Path, torch.dtype], Any]) 
     has it (Gemma 2 does not).
 
     Raises:
-        UserError: the checkpoint lacks weights of the model, which would be initialised at random.
+        UserError: the checkpoint lacks weights of the model, which would be initialized at random.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if accelerators() else torch.device("cpu")
     name = resolve_dtype(config.dtype, on_gpu=accelerators() > 0)

@@ -50,17 +50,17 @@ TOLERANCE = 1e-3
 
 
 class _Pooled(ModelReader):
-    """Computes a reader's numbers by vLLM; in the bases of a class it stands before the reader for transformers."""
+    """Mixin that computes a reader's numbers with vLLM; it precedes the transformers reader in a class's bases."""
 
     engine: "PoolingEngine"
 
     def __call__(self, samples: list[Sample]) -> list[Score | str | Fault]:
-        """Score like the reader for transformers, starting with an empty prefix cache."""
+        """Score like the transformers reader, starting with an empty prefix cache."""
         self.engine.reset_cache()
         return super().__call__(samples)
 
     def read(self, rows: Sequence[Row]) -> list[Numbers]:
-        """The numbers of all rows' responses, as the reader for transformers has them."""
+        """The numbers of all rows' responses, in the form in which the transformers reader returns them."""
         return self.engine.read(rows)
 
 
@@ -187,7 +187,7 @@ class PoolingEngine:
 
     def numbers(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """The numbers of whole sequences: one for each, or one for each of its tokens."""
-        params = self._pooling_params(use_activation=False)  # by default it puts a sigmoid behind the head
+        params = self._pooling_params(use_activation=False)  # by default vLLM applies a sigmoid after the head
         prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
         if not self.per_token:
             outputs = self.llm.classify(prompts, pooling_params=params, use_tqdm=False)

@@ -3,7 +3,7 @@
 Two types of models are supported, and both are read after each step: token classifiers with two labels, the second of
 which is "right" (Qwen2.5-Math-PRM, Zhang et al. 2025, arXiv 2501.07301; TRL's PRMTrainer), and language models, whose
 next token is a label for right or wrong (Math-Shepherd, Wang et al. 2024, arXiv 2312.08935; RLHFlow's). A step's score
-is the probability of right, normalised over the two labels.
+is the probability of right, normalized over the two labels.
 """
 
 import math

@@ -96,7 +96,7 @@ class ModelReader:
         raise NotImplementedError
 
     def share_prompts_before_head(self) -> None:
-        """`share_prompts` for models that are read through their LM head, if how they compute logits is known."""
+        """`share_prompts` for a model that is read through its LM head, if its scaling of logits is known."""
         try:
             scaling = logit_scaling(self.model)
         except UserError:  # only the model's own forward pass computes them

@@ -20,7 +20,7 @@ from contracts.preflight import Finding
 from contracts.records import Message
 
 ANCHOR = 8
-"""Number of preceding tokens that a response is decoded with, if it continues a beginning of an answer."""
+"""Number of preceding tokens that a response is decoded with, if it continues a prefill."""
 
 
 class StepSpan(NamedTuple):

@@ -25,7 +25,7 @@ class PairsSettings(Section):
     0.5} for correct_against_wrong, {parts: [a, b], sure: false} for uncertainty; the further keyword arguments of your
     own function."""
     length_penalty: float = identity(0.0, ge=0)
-    """Subtracted from the score per response token, before selection."""
+    """Penalty per response token, subtracted from the score before selection."""
     distinct: bool = identity(False, later=True)
     """Of identical responses to a prompt, keep only the first; the others are counted. Without it only pairs of two
     identical responses are dropped."""

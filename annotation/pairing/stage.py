@@ -184,7 +184,7 @@ class Summary:
             self._pairs["rejected_tokens"].append(float(len(pair.rejected_ids)))
 
     def facts(self) -> dict[str, Any]:
-        """Means over the pairs; rates and the correlation over all completions.
+        """Means over the pairs; the truncation rate and counts are over all completions.
 
         `reward_length_correlation` is Pearson's correlation between the score that pairs are selected by and the
         length in tokens, over all candidates; None if either is constant.

@@ -3,7 +3,8 @@
 Errors are of three types. An error that every request would meet (a rejected key, a path that does not exist, a
 redirect) is a `WrongEndpointError` at once. An error that may pass (no connection, 429, 5xx, a timeout, a truncated
 reply) is retried after an exponential, jittered pause, or after the pause that the server asks for, and is a
-`TransientError` in the end. An error of one request or of its reply is a `UserError`, which makes its samples fail.
+`TransientError` in the end. An error of one request or of its reply is a `UserError`, which makes its samples fail; a
+reply of the wrong form (`BadReplyError`) is retried first.
 """
 
 import asyncio
@@ -62,7 +63,7 @@ class Client:
     """An HTTP client for one server, or for several identical ones."""
 
     def __init__(self, urls: list[str], *, key_variable: str | None, timeout: float, retries: int) -> None:
-        """For the arguments see `RemoteSettings`.
+        """Prepare the client; `RemoteSettings` documents the arguments.
 
         Raises:
             UserError: the environment variable with the key is not set.
@@ -71,7 +72,7 @@ class Client:
         self.retried = 0
         """Number of retries."""
         self.halted = False
-        """Set by `run_concurrently`: no further requests are sent."""
+        """Whether no further requests are sent; set by `run_concurrently`."""
         self._key = api_key(key_variable)
         self._resume = 0.0
         self._next = 0

@@ -67,7 +67,7 @@ class ReplyParser:
     def _expected(self, tokens: list[Token]) -> float | None:
         """The expected value over the alternatives to the rating's token that are valid ratings.
 
-        As in G-Eval (Liu et al. 2023, arXiv 2303.16634, section 2.3), with probabilities normalised over the valid
+        As in G-Eval (Liu et al. 2023, arXiv 2303.16634, section 2.3), with probabilities normalized over the valid
         ratings. Each rating must be a single token, with or without a leading blank.
         """
         found = self._find("".join(token.text for token in tokens))

@@ -86,7 +86,7 @@ class ScorerSettings(Section):
     trained_as: ClassVar[str] = ""
     """The `reward_model.training.kind` that trains its model; empty: its model cannot be trained."""
     starts_critic: ClassVar[bool] = False
-    """Whether a critic can be initialised from its model."""
+    """Whether a critic can be initialized from its model."""
     reads_tokens: ClassVar[bool] = False
     """Whether it scores token by token, reading the stored ids."""
     rewards_tokens: ClassVar[bool] = False
@@ -96,7 +96,7 @@ class ScorerSettings(Section):
     locates_tokens: ClassVar[bool] = False
     """Whether it maps positions in the text to the policy's tokens, which requires the policy's tokenizer."""
     keyed_with_legacy_fields: ClassVar[bool] = False
-    """See `LEGACY_FIELDS`."""
+    """Whether `LEGACY_FIELDS` enter its stage key."""
 
     @property
     def runs_in(self) -> str:
@@ -197,7 +197,7 @@ class RewardScorerSettings(ScorerSettings):
     """Settings of scorers whose scores are rewards."""
 
     missing_eos_penalty: float | None = identity(None, ge=0)
-    """Subtracted from the score of truncated responses."""
+    """Penalty that is subtracted from the score of truncated responses."""
 
 
 class WorkerSettings(RewardScorerSettings):

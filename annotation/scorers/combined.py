@@ -31,8 +31,8 @@ class CombinedSettings(RewardScorerSettings):
     """An expression over the scores of other scorers."""
     expression: str = identity()
     """For example 0.7 * helpful + 0.3 * form - 0.001 * tokens: names of other scorers (their parts: helpful.clear),
-    tokens (the response's), truncated (1 if it was truncated), + - * /, comparisons, and, or, not, A if B else C, and
-    functions. Responses that one of the scorers has not scored are dropped and counted."""
+    tokens (the response's length), truncated (1 if it was truncated), + - * /, comparisons, and, or, not, A if B else
+    C, and functions. Responses that one of the scorers has not scored are dropped and counted."""
 
     opened_by: ClassVar[str] = "annotation.combining:Combined"
     follows_rollouts: ClassVar[bool] = False

@@ -89,7 +89,7 @@ def last_match(pattern: str | None, text: str) -> str | None:
 
 
 def normalised_unicode(text: str) -> str:
-    """A text in Unicode normalisation form NFKC (Unicode Standard Annex 15), except superscripts, subscripts and
+    """A text in Unicode normalization form NFKC (Unicode Standard Annex 15), except superscripts, subscripts and
     fractions, since NFKC turns 10² into 102."""
     if text.isascii():
         return text

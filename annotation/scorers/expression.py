@@ -1,7 +1,7 @@
 """Parses and evaluates expressions over scores: `0.7 * helpful + 0.3 * form - 0.001 * tokens`.
 
 The syntax is Python's, but no code is executed. An expression is evaluated for all answers to one prompt at once: each
-name stands for a column with one number per answer, and `zscore` and `rank` normalise over a column. A value is true if
+name stands for a column with one number per answer, and `zscore` and `rank` normalize over a column. A value is true if
 it is greater than 0; comparisons, `and`, `or` and `not` give 1 or 0. A value that cannot be computed (a division by 0)
 is NaN, and its answer gets no score.
 """

@@ -23,10 +23,10 @@ class HttpSettings(RemoteSettings, RewardScorerSettings):
     kind: Literal["http"] = identity()
     """A service that scores many responses per request."""
     url: Annotated[list[Url], BeforeValidator(_listed)] = runtime(min_length=1)
-    """Its address, or those of several identical ones, which share the load."""
+    """The service's address, or those of several identical ones, which share the load."""
     service: str = identity(min_length=1)
-    """A name with a version for what it computes: the only part of it in the stage key, wherever it runs. Changing it
-    recomputes the scores."""
+    """A name with a version for what the service computes. Only this name is in the stage key, wherever the service
+    runs; changing it recomputes the scores."""
     protocol: Literal["ratchet", "openrlhf"] = identity("ratchet")
     """The request and response format: Ratchet's own, or that of OpenRLHF's reward.remote_url."""
     tokenizer: Path | None = input_path(None)

@@ -17,7 +17,7 @@ class JsonSchemaSettings(WorkerSettings):
     kind: Literal["json_schema"] = identity()
     """Whether a response is JSON that fits a JSON Schema."""
     definition: dict[str, Any] | None = identity(None)
-    """The JSON Schema (draft 2020-12 unless its $schema says another). By default that in the prompt's `answer`, as
+    """The JSON Schema (draft 2020-12 unless its $schema names another). By default that in the prompt's `answer`, as
     text. References outside of it are refused."""
     fenced: bool = identity(True)
     """Use the first block between ```, if there is one."""

@@ -15,7 +15,7 @@ class PairwiseSettings(ComparingSettings, PooledSettings):
     """Settings of a pairwise preference model."""
 
     kind: Literal["pairwise"] = identity()
-    """A pairwise preference model; a response's score is its mean probability to be better than others."""
+    """A pairwise preference model; a response's score is its mean probability of being better than others."""
 
     reader: ClassVar[str] = "annotation.models.pooled:open_pairwise"
     pooled_as: ClassVar[str] = "a pairwise model"

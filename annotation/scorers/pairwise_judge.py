@@ -12,7 +12,7 @@ class PairwiseJudgeSettings(ComparingSettings, JudgeSettings):
 
     kind: Literal["pairwise_judge"] = identity()
     """A language model behind an OpenAI-compatible endpoint that compares responses; a response's score is its mean
-    probability to be better than others."""
+    probability of being better than others."""
 
     opened_by: ClassVar[str] = "annotation.remote.comparing:PairwiseJudge"
     template_names: ClassVar[tuple[str, ...]] = ("first", "second")

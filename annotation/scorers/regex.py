@@ -19,7 +19,7 @@ class RegexSettings(WorkerSettings):
     """The regular expression, as Python's `re` has it; (?i) at its beginning ignores case, (?s) lets . match
     newlines."""
     match: Literal["anywhere", "whole"] = identity("anywhere")
-    """Where it has to match: anywhere in the response, or the whole of it."""
+    """Where the pattern has to match: anywhere in the response, or the whole of it."""
     found: float = identity(1.0)
     """The score if it matches."""
     absent: float = identity(0.0)

@@ -66,9 +66,9 @@ class JudgeSettings(RemoteSettings):
     template: str | None = identity(None, min_length=1)
     """The whole question (Jinja), instead of the built-in prompt."""
     template_file: Path | None = input_path(None)
-    """The same from a file."""
+    """A file with the template, instead of `template`."""
     instructions: str | None = identity(None, min_length=1)
-    """A system message before it (Jinja)."""
+    """A system message before the question (Jinja)."""
     extraction: Literal["pattern", "json", "logprobs"] = identity("pattern")
     """How the rating is read: by a pattern, as JSON, or as the mean of the possible values at one token, weighted by
     their probabilities (G-Eval)."""
@@ -87,13 +87,13 @@ class JudgeSettings(RemoteSettings):
     votes: int = identity(1, ge=1, le=MAX_VOTES)
     """Votes per question; the score is their mean."""
     asks: int = identity(3, ge=1, le=100)
-    """How often the same vote is requested, until the reply has a judgement."""
+    """Maximum number of requests for the same vote, until a reply has a judgement."""
     cache: Path | None = runtime(None)
     """Folder of cached replies, for all runs; by default ~/.cache/ratchet/answers ($RATCHET_HOME/answers)."""
     max_tokens_total: int | None = runtime(None, ge=1)
     """Stop the stage when it has paid for this many tokens, of prompts and replies; nothing is lost."""
     max_cost: float | None = runtime(None, gt=0)
-    """The same as a cost, by the two prices."""
+    """Stop the stage when it has paid this much, by the two prices; nothing is lost."""
     price_prompt: float = runtime(0.0, ge=0)
     """Price of a million prompt tokens."""
     price_completion: float = runtime(0.0, ge=0)

@@ -16,7 +16,7 @@ class RepetitionSettings(WorkerSettings):
     unit: Literal["words", "tokens"] = identity("words")
     """The unit of n-grams; use tokens for languages without blanks between words."""
     weight: float = identity(1.0, gt=0)
-    """The penalty of a response that only repeats."""
+    """The penalty for a response that only repeats."""
 
     calls: ClassVar[str] = "annotation.scorers.repetition:judge"
 

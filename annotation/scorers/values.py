@@ -19,7 +19,7 @@ def _require_values(model: ModelInfo) -> None:
 
 
 class ValueSettings(ModelSettings):
-    """Settings of a critic."""
+    """Settings of a scorer that reads a critic's values."""
 
     kind: Literal["values"] = identity()
     """A critic's value of the state before each response token."""

@@ -12,10 +12,10 @@ def shared_vocabulary(model: Path, rollouts: Artifact, *, required: bool) -> dic
     """The fact `vocabulary` if the model has the vocabulary of the policy that sampled; empty if that is not known.
 
     Args:
-        required: raise an error if it is not known.
+        required: raise an error if that is not known.
 
     Raises:
-        UserError: the vocabularies differ, or it is required to know and not known.
+        UserError: the vocabularies differ, or whether they do is unknown although `required`.
     """
     policy = rollouts.manifest.facts.get("vocabulary")
     known = policy is not None and ModelInfo.read(model).has_tokenizer

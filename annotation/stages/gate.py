@@ -10,7 +10,7 @@ from contracts.records import GATE
 
 @dataclass(frozen=True)
 class Gate(Stage[GateConfig]):
-    """The decision how a run continues."""
+    """The decision on how a run continues."""
 
     def published_bytes(self, config: GateConfig, outlook: Outlook) -> int:
         """Size of the decision, which has only a few numbers."""

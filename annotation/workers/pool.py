@@ -172,7 +172,8 @@ class FunctionPool:
         note: Note,
         late: float | None = None,
     ) -> None:
-        """Remove a worker that ended or is late: its current sample fails, and its other samples are queued again."""
+        """Remove a worker that ended or is late. Its current sample fails, and its other samples are queued again; of a
+        batched function, all samples of the batch fail."""
         self.running.remove(process)
         if late is not None:
             _end_all([process])

@@ -83,7 +83,7 @@ class FunctionProcess:
             self.connection.sendall(msgspec.json.encode(message) + b"\n")
 
     def receive(self) -> list[WorkerReply | Ready]:
-        """The results that have arrived; if there are any, the worker's time limit starts anew."""
+        """Read the results that have arrived; if there are any, the worker's time limit starts again."""
         now = time.monotonic()
         self.waited += min(now - self._last_poll, 5 * POLL_SECONDS)
         self._last_poll = now
@@ -104,7 +104,7 @@ class FunctionProcess:
         return msgspec.json.decode(b"[" + whole.replace(b"\n", b",") + b"]", type=list[WorkerReply | Ready])
 
     def has_ended(self) -> bool:
-        """Whether the worker has closed its connection."""
+        """Whether the worker has exited or closed its connection."""
         if self._disconnected and self.process.poll() is None:
             try:
                 self.process.wait(1.0)
@@ -113,7 +113,7 @@ class FunctionProcess:
         return self._disconnected or self.process.poll() is not None
 
     def adapt(self, todo: deque[int], *, returned: bool) -> None:
-        """Queue the samples again that it has not started, and adapt the size of its next batch."""
+        """Put the samples that it has not started back into `todo`, and adapt the size of its next batch."""
         done = self._sent - len(self.pending)
         todo.extendleft(reversed(self.pending))
         self.pending.clear()

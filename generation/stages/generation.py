@@ -140,7 +140,7 @@ class Generation(Stage[GenerationConfig]):
         return config.model_copy(update=sizes)
 
     def label(self, config: GenerationConfig) -> str:
-        """The same for all stages with this engine, dtype and number of engines, which can share them."""
+        """A label for engine, dtype and number of engines: stages with the same ones can share the engines."""
         engines = max(config.replicas, config.servers, 1)
         return f"{config.engine} {config.dtype}" + (f" in {engines}" if engines > 1 else "")
 
@@ -164,7 +164,7 @@ class Generation(Stage[GenerationConfig]):
         return AnswerStats(RowStats(count, share, prompts.longest), config.k, longest, config.max_new_tokens, shards)
 
     def tokens(self, config: GenerationConfig) -> tuple[int, int]:
-        """The config's limits."""
+        """The config's limits on the tokens of a prompt and of an answer."""
         return config.max_prompt_tokens or 0, config.max_new_tokens
 
 

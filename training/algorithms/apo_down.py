@@ -1,4 +1,4 @@
-"""Anchored preference optimisation, down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8).
+"""Anchored preference optimization, down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8).
 
 For chosen answers that are worse than the policy's own: lowers the likelihood of both, of the rejected more. With the
 implicit rewards r = beta log-ratio:

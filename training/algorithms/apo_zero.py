@@ -1,4 +1,4 @@
-"""Anchored preference optimisation, zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7).
+"""Anchored preference optimization, zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7).
 
 For chosen answers that are better than the policy's own: raises their likelihood and lowers that of the rejected. With
 the implicit rewards r = beta log-ratio:

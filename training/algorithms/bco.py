@@ -1,4 +1,4 @@
-"""Binary classifier optimisation (BCO; Jung et al. 2024, arXiv 2404.04656).
+"""Binary classifier optimization (BCO; Jung et al. 2024, arXiv 2404.04656).
 
 With the implicit rewards r = beta log-ratio and their mean delta over both answers of the step's pairs, which is held
 constant in the gradient (the paper has a running mean; TRL's `bco_pair` has no delta: `reward_shift: false`):

@@ -1,4 +1,4 @@
-"""Clipped importance sampling policy optimisation (CISPO; MiniMax-M1 2025, arXiv 2506.13585, eq. 4 and 5): no critic.
+"""Clipped importance sampling policy optimization (CISPO; MiniMax-M1 2025, arXiv 2506.13585, eq. 4 and 5): no critic.
 
 PPO's clipping removes the gradient of clipped tokens; here only their weight is clipped, and every token contributes.
 With ratio = pi / pi_proximal, held constant in the gradient, and GRPO's advantages A:

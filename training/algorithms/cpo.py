@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (CPO; Xu et al. 2024, arXiv 2401.08417, eq. 3 to 5): no reference policy.
+"""Contrastive preference optimization (CPO; Xu et al. 2024, arXiv 2401.08417, eq. 3 to 5): no reference policy.
 
 With label smoothing e, and the negative log-likelihood of the chosen answers' tokens:
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
 With d = log-ratio of the chosen minus log-ratio of the rejected answer, and label smoothing e ("conservative DPO",
 Mitchell 2023, eric-mitchell/direct-preference-optimization):

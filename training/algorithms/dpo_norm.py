@@ -1,4 +1,4 @@
-"""Length-normalised DPO (Tulu 3, Lambert et al. 2024, arXiv 2411.15124, eq. 6).
+"""Length-normalized DPO (Tulu 3, Lambert et al. 2024, arXiv 2411.15124, eq. 6).
 
 With h = log-ratio divided by the answer's length:
 

@@ -1,4 +1,4 @@
-"""Efficient exact optimisation from preferences (EXO; Ji et al. 2024, arXiv 2402.00856, eq. 16, for two answers).
+"""Efficient exact optimization from preferences (EXO; Ji et al. 2024, arXiv 2402.00856, eq. 16, for two answers).
 
 The reverse KL divergence of the policy's choice from the labels', smoothed by e. With q = sigmoid(beta d), where d is
 the log-ratio of the chosen minus that of the rejected answer:

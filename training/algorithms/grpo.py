@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (GRPO; DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4): no critic.
+"""Group relative policy optimization (GRPO; DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4): no critic.
 
 A response's advantage, at each of its tokens, is its reward relative to those of the other responses to the prompt,
 
@@ -26,7 +26,7 @@ LIMITS = {
 
 
 def advantages(experience: Experience) -> Advantages:
-    """Rewards normalised within each prompt's group, at every token."""
+    """Rewards normalized within each prompt's group, at every token."""
     relative = parts.over_group_mean(experience.rewards, experience.prompts)
     relative = relative / (parts.group_std(experience.rewards, experience.prompts) + 1e-4)
     return Advantages(relative[experience.response_of_token])

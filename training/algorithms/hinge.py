@@ -1,4 +1,4 @@
-"""Sequence likelihood calibration (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425), normalised by the reference policy.
+"""Sequence likelihood calibration (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425), normalized by the reference policy.
 
 With d = log-ratio of the chosen minus log-ratio of the rejected answer, as RSO has it (arXiv 2309.06657):
 

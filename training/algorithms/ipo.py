@@ -1,4 +1,4 @@
-"""Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17, with beta for the paper's tau).
+"""Identity preference optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17, with beta for the paper's tau).
 
 With h = log-ratio divided by the answer's length, as its authors recommend for language models:
 

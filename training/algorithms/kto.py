@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (KTO; Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7), from both sides of each pair.
+"""Kahneman-Tversky optimization (KTO; Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7), from both sides of each pair.
 
 With the log-ratios h, every answer is a sample of its own: the chosen are desirable and the rejected undesirable,
 

@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation (ORPO; Hong, Lee & Thorne 2024, arXiv 2403.07691, eq. 4 to 7): no reference.
+"""Odds ratio preference optimization (ORPO; Hong, Lee & Thorne 2024, arXiv 2403.07691, eq. 4 to 7): no reference.
 
 With p = exp(log pi(y|x) / |y|), odds = p / (1 - p), and the negative log-likelihood of the chosen answers' tokens:
 

@@ -27,7 +27,7 @@ def kl_penalties(experience: Experience) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), [N].
+    """Generalized advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), [N].
 
     A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token V and A are 0.
 
@@ -56,7 +56,7 @@ def discounted_sums(rewards: Tensor, lengths: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Normalise to mean 0 and variance 1 as in TRL's PPO (unbiased variance + 1e-8); 0 if all values are equal."""
+    """Normalize to mean 0 and variance 1 as in TRL's PPO (unbiased variance + 1e-8); 0 if all values are equal."""
     centred = values - values.mean()
     return centred * torch.rsqrt(centred.square().sum() / max(len(values) - 1, 1) + 1e-8)
 

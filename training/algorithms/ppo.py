@@ -1,6 +1,6 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) as RLHF uses it (arXiv 1909.08593, 2203.02155).
+"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) as RLHF uses it (arXiv 1909.08593, 2203.02155).
 
-Each token's reward is -kl_coefficient (log pi - log pi_ref), plus the response's reward at its last token; generalised
+Each token's reward is -kl_coefficient (log pi - log pi_ref), plus the response's reward at its last token; generalized
 advantage estimation on the critic's values (arXiv 1506.02438), whitened over all tokens of the iteration; then, with
 ratio = pi / pi_proximal,
 

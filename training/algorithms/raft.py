@@ -1,6 +1,6 @@
 """Reward ranked fine-tuning (RAFT; Dong et al. 2023, arXiv 2304.06767): supervised training on the best of K.
 
-The response with the greatest reward to each prompt is kept (the first of equal ones), and the loss is
+Of the responses to each prompt, the one with the greatest reward is kept (the first of equal ones), and the loss is
 
     -log pi(y_t)    averaged over the tokens of the kept responses.
 """

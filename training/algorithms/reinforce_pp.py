@@ -1,7 +1,7 @@
 """REINFORCE++ (Hu 2025, arXiv 2501.03262): PPO's loss with plain returns for advantages and no critic.
 
 Each token's reward is -kl_coefficient (log pi - log pi_ref), plus the response's reward at its last token; its
-advantage is the discounted sum from it on, normalised over all tokens of the iteration. With ratio = pi / pi_proximal,
+advantage is the discounted sum from it on, normalized over all tokens of the iteration. With ratio = pi / pi_proximal,
 
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)
 

@@ -1,4 +1,4 @@
-"""Simple preference optimisation (SimPO; Meng, Xia & Chen 2024, arXiv 2405.14734, eq. 6): no reference policy.
+"""Simple preference optimization (SimPO; Meng, Xia & Chen 2024, arXiv 2405.14734, eq. 6): no reference policy.
 
 With the rewards r = beta log pi(y|x) / |y|:
 

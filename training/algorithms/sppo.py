@@ -1,4 +1,4 @@
-"""Self-play preference optimisation (SPPO; Wu et al. 2024, arXiv 2405.00675, eq. 4.7), "hard".
+"""Self-play preference optimization (SPPO; Wu et al. 2024, arXiv 2405.00675, eq. 4.7), "hard".
 
 The chosen answer wins with probability 1, the rejected with 0. With the log-ratios h, and beta for the paper's 1 / eta:
 

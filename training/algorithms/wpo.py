@@ -1,4 +1,4 @@
-"""Weighted preference optimisation (WPO; Zhou et al. 2024, arXiv 2406.11827, eq. 2): DPO as if on-policy.
+"""Weighted preference optimization (WPO; Zhou et al. 2024, arXiv 2406.11827, eq. 2): DPO as if on-policy.
 
 Each pair has the weight w(y_w) w(y_l), where w(y) measures how likely the policy is to sample y ("sampled alignment"):
 

@@ -143,7 +143,7 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def write(self, name: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Replace master weights and moments of a parameter by unsharded tensors, as of step `steps`."""
+        """Replace master weights and moments of a parameter by unsharded tensors: the state after `steps` steps."""
 
 
 def node_count() -> int:

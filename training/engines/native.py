@@ -57,7 +57,7 @@ class NativeEngine(TrainingEngine):
     """A model over dp x tp x pp processes."""
 
     def __init__(self, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-        """Initialise the process group and the device mesh.
+        """Initialize the process group and the device mesh.
 
         Args:
             parallel: the layout, accepted by `check_layout` for the model.

@@ -35,7 +35,7 @@ class RewardTraining(Training[RewardConfig]):
         return RowShape(row.prompt + 2 * row.answer, 1, 2)
 
     def reads_as(self, config: RewardConfig) -> tuple[Callable[[ModelInfo], None], ...]:
-        """A chat template, in which a pairwise model is asked its questions."""
+        """For a pairwise model a chat template, in which its questions are rendered."""
         return (ModelInfo.require_chat_template,) if config.kind == "pairwise" else ()
 
     def has_score_head(self, config: RewardConfig) -> bool:
