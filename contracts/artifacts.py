@@ -161,7 +161,7 @@ def model_fingerprint(model: Path) -> str:
 
 
 def input_digest(source: Path | str) -> str:
-    """Digest of an input's content: an artifact, a file, a model or any other directory; for a Hub id, of its name.
+    """Digest of the content of an artifact, file, pattern, model or other directory; of a Hub id, that of its name.
 
     Raises:
         UserError: the path does not exist.

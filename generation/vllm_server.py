@@ -217,8 +217,8 @@ class VllmServer(UpdatableEngine):
         return json.loads(content or b"null")
 
     def _is_dead(self) -> bool:
-        """Whether the server says that its engine has died, or accepts no connections any more: then it shuts down, but
-        only when all of its connections are closed."""
+        """Whether the server reports that its engine has died, or refuses connections, as it does while it shuts down;
+        before it exits, it waits until the open ones are closed."""
         try:
             with urllib.request.urlopen(f"{self._address}/health", timeout=5):
                 return False

@@ -68,7 +68,7 @@ def logit_scaling(model: Any) -> LogitScaling:
 
 @contextlib.contextmanager
 def _with_values(head: Any) -> Iterator[None]:
-    """Give a head on the meta device a few random rows for the duration: what follows the head does not depend on
+    """Give a head on the meta device a few random rows inside the block: the scaling of logits does not depend on
     them."""
     weight = head.weight
     if weight.is_meta:

@@ -45,7 +45,7 @@ PROBE_LENGTHS = (3, 40, 129, 300)
 """Lengths of the random sequences that both engines score in the parity check, in addition to a conversation."""
 CONVERSATION = (Message("user", "What is the capital of France?"), Message("assistant", "It is Paris."))
 TOLERANCE = 1e-3
-"""Maximum difference of their scores in float32, relative to the largest one (to at least 1); in half precision
+"""Maximum difference of their scores in float32, relative to the largest one (to at least 1). In half precision it is
 `HALF_TOLERANCE` of reader.py."""
 
 
