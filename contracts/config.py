@@ -189,7 +189,7 @@ class StageConfig(Section):
 
 def describe(model: type[BaseModel]) -> str:
     """Describe a configuration for --help: its summary, and its keys with meaning and default, required ones first."""
-    lines = [_first_line(model)]
+    lines = [_summary(model)]
     meanings = docstrings(model)
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = field.get_default(call_default_factory=True)
@@ -198,12 +198,13 @@ def describe(model: type[BaseModel]) -> str:
         lines.append(f"  {key:<22} {meaning}{' (required)' if field.is_required() else shown}")
     for kind, section in (model.variants() if issubclass(model, Section) else {}).items():
         own = describe(section).splitlines()[1:]
-        lines += [f"kind={kind}: {_first_line(section)}", *(f"  {line}" for line in own if line not in lines)]
+        lines += [f"kind={kind}: {_summary(section)}", *(f"  {line}" for line in own if line not in lines)]
     return "\n".join(lines)
 
 
-def _first_line(model: type[BaseModel]) -> str:
-    return (model.__doc__ or model.__name__).strip().splitlines()[0]  # `python -OO` drops docstrings
+def _summary(model: type[BaseModel]) -> str:
+    """The first paragraph of a class's docstring, in one line; `python -OO` drops docstrings."""
+    return " ".join((model.__doc__ or model.__name__).strip().partition("\n\n")[0].split())
 
 
 FOREIGN_PACKAGES = ("builtins", "msgspec", "pydantic")

@@ -143,7 +143,7 @@ def _diagnostics(rows: list[Row], scorers: Iterable[str]) -> dict[str, Any]:
     """Further metrics for gates and for detecting reward hacking: intervals, diversity and scorer agreement."""
     answers = [rollout.completions for rollout, _ in rows]
     lengths = clustered([[len(answer.response_ids) for answer in given] for given in answers])
-    stops = clustered([[float(answer.finish_reason == "stop") for answer in given] for given in answers])
+    stops = clustered([[float(answer.finish_reason != "length") for answer in given] for given in answers])
     metrics: dict[str, Any] = {"response_length_ci95": lengths.ci95, "stop_rate_ci95": stops.ci95, **diversity(answers)}
     for name in scorers:
         pairs = [

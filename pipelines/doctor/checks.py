@@ -182,7 +182,9 @@ def check_processors(plan: Plan) -> Iterator[Finding]:
         others = f" and {len(slow) - 1} more" if slow[1:] else ""
         found = f"dtype of {slow[0]}{others} is bfloat16, which this processor only emulates, several times slower"
         yield Finding("warning", found, "Leave dtype out (auto detects this), or set float32.")
-    if gpu_count() and plan.parallel > 1:
+    placements = [node.placement for node in plan.graph.nodes.values() if node.placement is not None]
+    shared = any(placement.devices and not placement.exclusive for placement in placements)
+    if gpu_count() and plan.parallel > 1 and shared:
         found = f"executor.parallel is {plan.parallel}, but every stage uses all GPUs: they would share their memory"
         yield Finding("warning", found, "Set executor.parallel=1, or give the stages less memory each.")
 

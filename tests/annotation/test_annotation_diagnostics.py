@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from annotation_world import make_rollouts, publish_rollouts, publish_scores
 from hypothesis import given
@@ -115,6 +116,23 @@ def test_they_are_published_where_they_are_asked_for_and_nothing_else_changes(tm
     assert metrics["win_rate_previous"] == 1.0
     assert metrics["spearman_gold"] == pytest.approx(-1)
     assert metrics["kendall_gold"] == pytest.approx(-1)
+
+
+def test_a_stop_string_ends_an_answer_in_the_rate_and_in_its_interval(tmp_path):
+    rows = [
+        msgspec.structs.replace(
+            rollout,
+            completions=tuple(
+                msgspec.structs.replace(answer, finish_reason="stop_string" if answer.sample % 2 else "stop")
+                for answer in rollout.completions
+            ),
+        )
+        for rollout in make_rollouts(10, 4)
+    ]
+    rollouts = publish_rollouts(tmp_path / "stopped", rows)
+    rewards = publish_scores(tmp_path / "reward", rollouts, length)
+    metrics, _ = evaluate(tmp_path / "e", rollouts, scores={"reward": rewards.path}, diagnostics=True)
+    assert (metrics["stop_rate"], metrics["stop_rate_ci95"]) == (1, 0)
 
 
 def test_the_previous_policy_was_judged_by_the_same_scorer(tmp_path, rollouts):

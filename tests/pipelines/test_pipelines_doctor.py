@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines.config.load import load_run_config
-from pipelines.doctor import machine
+from pipelines.doctor import checks, machine
 from pipelines.doctor.checks import at_once
 from pipelines.doctor.machine import check_file_system, mount_of
 from pipelines.environments.locked import interpreter
+from pipelines.graph import Placement
 from pipelines.iteration import build_graph
 from pipelines.main import main
 
@@ -435,3 +437,18 @@ def test_that_a_tracker_key_is_set_is_said_without_its_value(smallest: Path) -> 
     found = doctor(smallest, WANDB_API_KEY="0123abcdef" * 4)
     one(found, "WANDB_API_KEY is set")
     assert "0123abcdef" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(("exclusive", "warned"), [(False, True), (True, False)])
+def test_stages_at_once_share_gpus_unless_each_has_its_own(
+    exclusive: bool, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "gpu_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    nodes = {
+        name: SimpleNamespace(config=None, placement=Placement("local", (device,), exclusive=exclusive))
+        for device, name in enumerate(("generation", "training"))
+    }
+    plan: Any = SimpleNamespace(parallel=2, graph=SimpleNamespace(nodes=nodes))
+    found = " ".join(finding.found for finding in checks.check_processors(plan))
+    assert ("every stage uses all GPUs" in found) == warned
