@@ -1,7 +1,8 @@
-"""`python -m contracts.conversation_samples`: picks a few conversations of every kind that occurs in the user's data.
+"""`python -m contracts.conversation_samples`: picks a few conversations of each kind that occurs in the user's data.
 
 Preflight renders them with every model that will read the data. All rows of a source are read, up to `ROWS`, so that a
-role, a tool or a kind of turn that occurs once in a thousand rows is found before the run instead of during it.
+role, a tool or a kind of turn that occurs once in a thousand rows is found before the run instead of during it. In data
+with more than `KINDS` kinds, the rarest may be missed.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ ROWS = 200_000
 PER_KIND = 2
 """Number of conversations to keep of each kind, the first ones; the longest of all is kept as well."""
 KINDS = 24
+"""Maximum number of kinds, the ones that occur first."""
 
 
 class SamplingRequest(msgspec.Struct, frozen=True):
