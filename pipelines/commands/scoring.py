@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from contracts.conversations import read_messages
 from contracts.errors import UserError, did_you_mean
 from contracts.jsonl import read_jsonl, write_jsonl
 from contracts.manifest import MANIFEST
+from contracts.processes import kill_with_variable
 from contracts.prompts import prompt_id
 from contracts.records import SCORES, Score
 from pipelines.commands.declaring import CONFIG, OVERRIDES, argument, command
@@ -29,6 +32,8 @@ from pipelines.iteration import Recipe
 from pipelines.run.plan import read_run
 
 ANSWER = "answer"
+STAGE_VARIABLE = "RATCHET_SCORED_BY"
+"""Environment variable that marks the processes of a stage of this command."""
 ResponseKey = tuple[str, int]
 """Key of an imported response: its prompt_id and its sample number."""
 
@@ -163,15 +168,27 @@ def _run(node: Node, config: RunConfig, user_lines: Callable[[str], str]) -> int
     argv = [*node.argv, *(f"{name}={json.dumps(value)}" for name, value in fields.items())]
     command, variables = launch_command(config.environments.of(node.environment), node.environment, argv)
     variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    environment = stage_environment(variables)
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    token = secrets.token_hex(8)
+    environment = stage_environment(variables) | {STAGE_VARIABLE: token}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
         assert process.stdout is not None
-        for line in process.stdout:
-            sys.stderr.write(user_lines(line))
-        code = process.wait()
+        printed = pool.submit(_print_lines, process.stdout, user_lines)
+        try:
+            code = process.wait()
+        finally:
+            kill_with_variable(f"{STAGE_VARIABLE}={token}")  # what a scorer left behind would keep the pipe open
+        printed.result()
     return code if code >= 0 else 1
+
+
+def _print_lines(lines: Iterable[str], user_lines: Callable[[str], str]) -> None:
+    for line in lines:
+        sys.stderr.write(user_lines(line))
 
 
 def _reasons_file(node: Node) -> Path:

@@ -132,3 +132,27 @@ def test_an_error_names_the_line_in_the_users_file(
     assert '("and?"), sample 0: IndexError' in said
     assert f"The prompt is {file}, line 3." in said
     assert not re.search(r"ratchet-score-\S+, line", said)
+
+
+LEAVES = """
+import os, time
+
+
+def words(*, response, **_):
+    if os.fork() == 0:
+        os.setsid()
+        os.execvp("sleep", ["sleep", "4321"])
+    return len(response.split())
+"""
+
+
+def test_processes_that_a_scorer_leaves_behind_end_with_it(
+    config: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rules.py").write_text(LEAVES)
+    asked = texts(tmp_path, {"prompt": "so?", "response": "a b"})
+    assert main(["score", str(config), "words", asked, "--tokenizer", str(world)]) == 0
+    (row,) = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert row["score"] == 2
+    left = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert b"sleep\x004321\x00" not in left
