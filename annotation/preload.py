@@ -2,14 +2,12 @@
 
 import contextlib
 import importlib
-import os
 from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
     """Import the libraries that the stages use; if vLLM is among them, set its environment variables first."""
     if "vllm" in libraries:
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device: a fork could not open it again
         import torch
 
         from modeling.vllm_process import set_environment

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 MINIMUM_WAIT = 0.01
 
 
@@ -31,6 +32,12 @@ def outlive_parent() -> None:
     """Undo `die_with_parent`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def name_process(name: str) -> None:
+    """Set the name, of at most 15 characters, that `ps -o comm` and `top` show for this process (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, name.encode()[:15])
 
 
 class GroupLeader(Protocol):
@@ -53,19 +60,21 @@ class GroupLeader(Protocol):
 def start_leader(
     command: Sequence[str],
     environment: Mapping[str, str],
-    log: Path,
+    log: Path | None,
     directory: str | None = None,
     descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """Start a process whose stdin is closed when this process ends in any way, and whose output is appended to `log`.
+    """Start a process whose stdin is closed when this process ends in any way.
 
     It leads its own process group, so Ctrl-C in the terminal does not end it.
 
     Args:
+        log: the file to which its output is appended; None: it inherits this process's output.
         descriptors: file descriptors that it inherits, with the same numbers.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if log is None else log.open("ab") as output:
         return subprocess.Popen(
             command,
             env=dict(environment),

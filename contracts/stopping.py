@@ -68,9 +68,9 @@ def ignore() -> None:
         signal.signal(number, lambda number, frame: None)
 
 
-def requested() -> bool:
-    """Whether a stop was requested; for use inside `deferred`."""
-    return _requested is not None
+def requested() -> signal.Signals | None:
+    """The signal by which a stop was requested, or None; for use inside `deferred`."""
+    return _requested
 
 
 def as_stop(error: BaseException) -> BaseException:

@@ -13,10 +13,10 @@ waits for another stage with the same label, which then finds the engine or the 
 `MOST_WAITING` processes wait; they are ended when an incoming stage needs their memory or their device. A stage's
 replicas are forks of the same process, with labels of their own (contracts/workers.py).
 
-A request is one line of JSON (`ForkRequest`), sent with the descriptor of the log. There are two lines of answer: the
-process id and, at the end, the exit code, followed by "waits" if the process stays. A fork ends with its connection and
-with the warm process, which exits when its stdin is closed and no stage runs any more; during the imports, it is killed
-when its parent ends.
+A request is one line of JSON (`ForkRequest`), sent with the descriptors of its stdout and its stderr. There are two
+lines of answer: the process id and, at the end, the exit code, followed by "waits" if the process stays. A fork ends
+with its connection and with the warm process, which exits when its stdin is closed and no stage runs any more; during
+the imports, it is killed when its parent ends.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ import msgspec
 
 from contracts import entrypoint, resident
 from contracts.processes import die_with_parent, group_exists, outlive_parent, wait_until
+from contracts.stopping import SIGNALS, TERMINAL
 from contracts.versions import source_version
 
 POLL_SECONDS = 0.05
@@ -95,11 +96,15 @@ class _Server:
         self.socket.set_inheritable(False)
         self.source = source_version(package)  # before any of it is imported
         gc.disable()
+        # A library that asks for GPUs while it is imported must not open one: a fork could not open it again.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         importlib.import_module(f"{package}.preload").preload(libraries)
         gc.collect()
         gc.freeze()  # keeps the memory of the imports shared with the forks
         gc.enable()
         outlive_parent()  # from now on, the end of stdin signals the end of the parent
+        # A scheduler sends its signals to every process: the stages react, and need this process until they end.
+        self.signals = {number: signal.signal(number, signal.SIG_IGN) for number in (*SIGNALS, *TERMINAL)}
         with contextlib.suppress(OSError):  # the parent has ended
             Path(f"{self.socket.getsockname()}{READY}").touch()
         self.children: list[_Child] = []
@@ -177,7 +182,7 @@ class _Server:
     def answer(self) -> tuple[ForkRequest, socket.socket | None] | None:
         """Answer one request; returns None, except in the forked process, which gets its request and its channel."""
         connection, _ = self.socket.accept()
-        request, log = _received(connection)
+        request, outputs = _received(connection)
         if request is not None and _is_closed(connection):  # the client no longer waits
             request = None
         if request is not None and not request.argv:
@@ -185,17 +190,16 @@ class _Server:
             _answer(connection, RELEASED)
         elif request is None or request.source != self.source:  # the source has changed since it was imported
             _answer(connection, REFUSED)
-        elif self.hand_over(request, connection, log):
-            os.close(log)
+        elif self.hand_over(request, connection, outputs):
+            _close(outputs)
             return None
         else:
-            return self.fork(request, connection, log)
+            return self.fork(request, connection, outputs)
         connection.close()
-        if log >= 0:
-            os.close(log)
+        _close(outputs)
         return None
 
-    def hand_over(self, request: ForkRequest, connection: socket.socket, log: int) -> bool:
+    def hand_over(self, request: ForkRequest, connection: socket.socket, outputs: list[int]) -> bool:
         """Pass a stage to a process that waits with the same label; return whether there was one."""
         waiting = (child for child in self.children if child.client is None and child.label == request.label)
         child = next(waiting, None) if request.label else None
@@ -204,7 +208,7 @@ class _Server:
         answer = b""
         with contextlib.suppress(OSError):
             child.channel.settimeout(BEGIN_SECONDS)
-            socket.send_fds(child.channel, [msgspec.json.encode(request) + b"\n"], [log])
+            socket.send_fds(child.channel, [msgspec.json.encode(request) + b"\n"], outputs)
             answer = child.channel.recv(len(BEGUN))
         if answer != BEGUN:  # it has died, or hangs
             self.end(child)
@@ -214,21 +218,23 @@ class _Server:
         return True
 
     def fork(
-        self, request: ForkRequest, connection: socket.socket, log: int
+        self, request: ForkRequest, connection: socket.socket, outputs: list[int]
     ) -> tuple[ForkRequest, socket.socket | None] | None:
         parent = os.getpid()
         ours, theirs = socket.socketpair() if request.label else (None, None)
         pid = os.fork()
         if pid:
-            os.close(log)
+            _close(outputs)
             if theirs is not None:
                 theirs.close()
             end = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
             self.children.append(_Child(pid, request.label, ours, connection, end))
             return None
+        for number, handler in self.signals.items():
+            signal.signal(number, handler)
         os.setsid()
         die_with_parent(parent)
-        _become(request, log)
+        _become(request, outputs)
         _answer(connection, f"{os.getpid()}\n".encode())
         for child in self.children:
             for other in child.ends():
@@ -272,32 +278,38 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def _received(connection: socket.socket) -> tuple[ForkRequest | None, int]:
-    """Receive a request and the descriptor of its log; None if the request is invalid."""
+def _received(connection: socket.socket) -> tuple[ForkRequest | None, list[int]]:
+    """Receive a request and the descriptors of its outputs; None if the request is invalid."""
     connection.settimeout(5.0)
     try:
         return _read(connection)
-    except (OSError, ValueError, IndexError):
-        return None, -1
+    except (OSError, ValueError):
+        return None, []
 
 
-def _read(connection: socket.socket) -> tuple[ForkRequest, int]:
-    content, descriptors, _, _ = socket.recv_fds(connection, MOST_BYTES, 1)
+def _read(connection: socket.socket) -> tuple[ForkRequest, list[int]]:
+    content, outputs, _, _ = socket.recv_fds(connection, MOST_BYTES, 2)
     while content and not content.endswith(b"\n"):
         more = connection.recv(MOST_BYTES)
         content += more or b"\n"
     connection.settimeout(None)
     request = msgspec.json.decode(content, type=ForkRequest)
-    return request, descriptors[0] if request.argv else -1
+    if len(outputs) != (2 if request.argv else 0):
+        raise ValueError(f"{len(outputs)} descriptors")
+    return request, outputs
 
 
-def _become(request: ForkRequest, log: int) -> None:
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _become(request: ForkRequest, outputs: list[int]) -> None:
     """Give this process the arguments, environment, directory and streams that a new one would have."""
     null = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, null), (1, log), (2, log)):
+    for target, source in enumerate((null, *outputs)):
         os.dup2(source, target)
-    os.close(null)
-    os.close(log)
+    _close([null, *outputs])
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.directory)
@@ -332,12 +344,12 @@ def _next(channel: socket.socket) -> ForkRequest:
     """Wait for another stage; exit if the connection is closed."""
     channel.sendall(WAITS)
     try:
-        request, log = _read(channel)
-    except (OSError, ValueError, IndexError):
+        request, outputs = _read(channel)
+    except (OSError, ValueError):
         os._exit(0)
     channel.sendall(BEGUN)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the previous stage ignored it when it ended
-    _become(request, log)
+    _become(request, outputs)
     return request
 
 

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +23,12 @@ from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
 from contracts.following import Source
-from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
+from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, start_again, stays
 from contracts.locks import take_lock, try_lock
 from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
 from contracts.publication import MOST_NAMED, Publication
 from contracts.stage import Context
-from contracts.versions import source_version
 from contracts.warm import REPLICA
 
 POLL_SECONDS = 0.5
@@ -238,19 +236,9 @@ def _start_replica(environment: dict[str, str], index: int) -> Process:
     A forked replica may be one that has run the same replica of an earlier stage, and waits for the next one with the
     engine or model that it has loaded (contracts/warm.py).
     """
-    command = [sys.executable, *sys.orig_argv[1:]]
     warm_socket, label = os.environ.get(WARM_SOCKET), os.environ.get(WARM_LABEL)
-    if warm_socket and label and "-m" in command:
-        package = command[command.index("-m") + 1].partition(".")[0]
-        with os.fdopen(os.dup(sys.stderr.fileno()), "wb") as log:
-            place = (environment, os.getcwd(), source_version(package), log)
-            forked = fork(Path(warm_socket), command, *place, 0.0, f"{label}{REPLICA}{index}")
-        if forked is not None:
-            if hasattr(os, "sched_setaffinity"):
-                with contextlib.suppress(ProcessLookupError):  # it has ended already
-                    os.sched_setaffinity(forked.pid, os.sched_getaffinity(0))
-            return forked
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    path = Path(warm_socket) if warm_socket and "-m" in sys.orig_argv else None
+    return start_again(path, sys.orig_argv, environment, label=f"{label}{REPLICA}{index}" if label else "")
 
 
 def _wait_for_rank_0(context: Context) -> None:

@@ -1,14 +1,12 @@
 """Imports the generation stage's libraries in the process that the stage is forked from (contracts/warm.py)."""
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Sequence
 
 
 def preload(libraries: Sequence[str]) -> None:
     """Set the environment variables that must precede the imports, and import the libraries."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # opens no device, which a fork could not open again
     import torch
 
     from modeling.preload import preload as preload_modeling

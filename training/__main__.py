@@ -12,9 +12,9 @@ if __name__ == "__main__":
 
 from contracts.declaration import stages_of
 from contracts.stage import main
-from training.launch import die_with_launcher, exit_without_teardown
+from training.launch import exit_without_teardown, meet
 
 if __name__ == "__main__":
-    die_with_launcher()
     with exit_without_teardown():
+        meet()
         main(stages_of("training"), "training")

@@ -1,45 +1,46 @@
-"""Starts the ranks of a training, each with the same command, under `accelerate launch`.
+"""Starts the ranks of a training: processes that run the same command, forked from one that has imported the libraries.
 
-    python -m training policy …            the parent, without torch, starts
-      python -m training.launch …            `accelerate launch`, with exit codes corrected, which starts
-        python -m training policy …            one process per rank
+    python -m training policy …            the launcher: starts and watches the ranks, without torch
+      python -m contracts.warm training …    imports the libraries once; the driver's, if it keeps one for this stage
+        python -m training policy …            a fork per rank
 
-Exit codes of ranks propagate to the parent: 2 is a user's mistake, 143 a stop by SIGTERM. Stop requests propagate to
-all ranks, and each process dies with its parent.
+The ranks find each other as those of torchrun do, by its environment variables. Exit codes of ranks propagate to the
+launcher: 2 is a user's mistake, 143 a stop by SIGTERM. Stop requests propagate to all ranks, and each process dies with
+its parent.
 
-On several nodes each node runs all three, and the middle processes coordinate (training/nodes.py): a stop request or a
+With several nodes, each node runs all of these, and the launchers coordinate (training/nodes.py): a stop request or a
 failure on one node ends all nodes, with the same exit code. Rank 0, on node 0, publishes.
 """
 
 import contextlib
-import json
-import logging
-import math
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from contracts import stopping
-from contracts.attempt import fail, report_failure
+from contracts.attempt import report_failure
 from contracts.config import read_yaml
-from contracts.errors import TransientError, UserError
-from contracts.processes import die_with_parent, end_groups
+from contracts.errors import UserError
+from contracts.files import write_atomically
+from contracts.forks import IMPORT_SECONDS, KILLED, WARM_SOCKET, Process, socket_folder, start_again, start_warm
+from contracts.processes import end_groups, name_process, wait_for_end
 from training.config import TrainingConfig
 from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
 
-PLAIN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "machine_rank": 0}
-"""Launcher settings for DDP. Also used on CPUs, with use_cpu: under MULTI_CPU accelerate starts a single process."""
-RENDEZVOUS_SECONDS = 60
-"""Timeout of torch's rendezvous, which starts when all nodes have joined."""
-LAUNCHER = "RATCHET_LAUNCHER"
-"""Environment variable that tells a rank the process id of its launcher."""
+POLL_SECONDS = 0.1
+THREADS = "OMP_NUM_THREADS"
+MEETING = "RATCHET_RENDEZVOUS"
+"""Environment variable of the ranks of a single node: the file to which rank 0 writes the port of its store."""
+
+_stores: list[Any] = []
+"""The store that this process serves, which must live as long as the process."""
 
 
 def launch(config: TrainingConfig) -> bool:
@@ -54,23 +55,156 @@ def launch(config: TrainingConfig) -> bool:
     if "RANK" in os.environ:
         return False
     refuse_lone_process()
-    check_layout(config.parallel, config.model)
-    if config.parallel.processes == 1 and not config.parallel.deepspeed_stage:
+    parallel = config.parallel
+    check_layout(parallel, config.model)
+    if parallel.processes == 1 and not parallel.deepspeed_stage:
         return False
     with tempfile.TemporaryDirectory(prefix="ratchet-launch-") as directory:
         folder = Path(directory)
-        (folder / "stage.json").write_text(config.model_dump_json(), encoding="utf-8")
-        (folder / "accelerate.json").write_text(json.dumps(launcher_settings(config.parallel)), encoding="utf-8")
-        command = [sys.executable, "-m", "training.launch", str(os.getpid()), config.stage, directory]
-        process = subprocess.Popen(command, start_new_session=True)
-        try:
-            code = process.wait()
-        finally:
-            with stopping.deferred():  # a second stop request does not end the wait for the ranks
-                end_groups([process], stopping.grace_seconds() + 5)
+        file = folder / "stage.json"
+        file.write_text(config.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "training", config.stage, "--config", str(file)]
+        with _warm_socket(config) as (socket, variables):
+            if parallel.nodes == 1:
+                meeting = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
+                code = exit_code(_run_ranks(parallel, command, socket, variables | meeting, 0))
+            else:
+                code = _run_node(config, command, socket, variables)
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code)
     return True
+
+
+def _run_node(config: TrainingConfig, command: Sequence[str], socket: Path, variables: Mapping[str, str]) -> int:
+    """Run the ranks of one of several nodes; returns the exit code of the whole training.
+
+    Raises:
+        UserError: this node does not belong to the others, or the port is taken.
+        TransientError: other nodes did not join in time.
+    """
+    parallel = config.parallel
+    rendezvous = Rendezvous.read(parallel)
+    nodes = Nodes(rendezvous, parallel.nodes, f"{config.stage} {config.output}, parallel {parallel}")
+    nodes.join()
+    meeting = {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
+    with stopping.deferred():  # a stopped node ends together with the others
+        codes = _run_ranks(parallel, command, socket, {**variables, **meeting}, rendezvous.node, nodes)
+        return exit_code(nodes.finish(codes), nodes.stop)
+
+
+@contextlib.contextmanager
+def _warm_socket(config: TrainingConfig) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Provide a process to fork ranks from: its socket, and the environment variables with which it has started.
+
+    It is the one that this stage was forked from, or else a new one, which ends with the block.
+    """
+    variables = dict(os.environ)
+    if given := variables.get(WARM_SOCKET):
+        yield Path(given), variables
+        return
+    here = config.parallel.processes // config.parallel.nodes
+    variables.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // here)))
+    folder = socket_folder()
+    path = folder / "training"
+    libraries = ["deepspeed"] if config.parallel.deepspeed_stage else []
+    process = start_warm(path, "training", sys.executable, variables, libraries=libraries)
+    try:
+        yield path, variables
+    finally:
+        with stopping.deferred():
+            assert process.stdin is not None
+            process.stdin.close()
+            end_groups([process], 0)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_ranks(
+    parallel: ParallelConfig,
+    command: Sequence[str],
+    socket: Path,
+    variables: Mapping[str, str],
+    node: int,
+    nodes: Nodes | None = None,
+) -> set[int]:
+    """Run the ranks of this node to their end, and return their exit codes; the first failure ends the others.
+
+    Args:
+        socket: of the process to fork them from.
+        variables: environment variables of all ranks.
+        node: this node's rank.
+        nodes: all nodes, if there are several; the failure of another one ends these ranks too.
+    """
+    here = parallel.processes // parallel.nodes
+    ranks: list[Process] = []
+    try:
+        with stopping.deferred():
+            for local in range(here):
+                own = rank_variables(parallel, node, local)
+                ranks.append(start_again(socket, command, {**variables, **own}, patience=IMPORT_SECONDS))
+        while not any(codes := [rank.poll() for rank in ranks]) and None in codes:
+            if nodes is not None and (number := stopping.requested()):
+                stopping.ignore()
+                nodes.ask_to_stop(number)
+                break
+            if nodes is not None and nodes.others_failed:
+                break
+            wait_for_end((rank.pid for rank, code in zip(ranks, codes, strict=True) if code is None), POLL_SECONDS)
+    finally:
+        with stopping.deferred():  # a second stop request does not end the wait for the ranks
+            end_groups(ranks, stopping.grace_seconds() + 2)
+    for local, code in enumerate(codes):
+        if code is not None and code < 0 and -code != signal.SIGTERM:
+            text = f"process {node * here + local} of the training was killed by signal {-code}"
+            print(text, file=sys.stderr)
+            report_failure("transient", text)
+    return {code if code >= 0 else 128 - code for code in (_final_code(rank) for rank in ranks)}
+
+
+def _final_code(rank: Process) -> int:
+    """The exit code of a rank that was ended; that of a killed process if it does not end."""
+    code = rank.poll()
+    return KILLED if code is None else code
+
+
+def rank_variables(parallel: ParallelConfig, node: int, local: int) -> dict[str, str]:
+    """The variables that torchrun sets for a rank: its place among all ranks, and that they use the launcher's store.
+
+    Args:
+        node: the rank of its node.
+        local: its rank on this node.
+    """
+    here = parallel.processes // parallel.nodes
+    return {
+        "RANK": str(node * here + local),
+        "WORLD_SIZE": str(parallel.processes),
+        "LOCAL_RANK": str(local),
+        "LOCAL_WORLD_SIZE": str(here),
+        "GROUP_RANK": str(node),
+        "GROUP_WORLD_SIZE": str(parallel.nodes),
+        "TORCHELASTIC_RUN_ID": "ratchet",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def meet() -> None:
+    """In a rank of a single node: agree on the store by which the ranks find each other.
+
+    Rank 0 serves it at a port that the system chooses, so no other program can have taken it.
+    """
+    if "RANK" in os.environ:
+        name_process(f"rank {os.environ['RANK']}")
+    file = Path(os.environ.pop(MEETING, ""))
+    if not file.name:
+        return
+    if os.environ["RANK"] == "0":
+        from torch.distributed import TCPStore
+
+        _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        write_atomically(file, str(_stores[0].port).encode())
+    while not file.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = file.read_text(encoding="utf-8")
 
 
 def refuse_lone_process() -> None:
@@ -123,32 +257,6 @@ def is_worker_node(config: TrainingConfig) -> bool:
     return "RANK" not in os.environ and config.parallel.nodes > 1 and Rendezvous.read(config.parallel).node > 0
 
 
-def launcher_settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """The settings for `accelerate launch`, which starts the processes of every layout."""
-    settings = {**PLAIN, "num_processes": parallel.processes}
-    if not parallel.deepspeed_stage:
-        return settings
-    whole = parallel.deepspeed_stage == 3
-    return settings | {
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {
-            "zero_stage": parallel.deepspeed_stage,
-            "zero3_init_flag": whole,
-            "zero3_save_16bit_model": whole,  # the published checkpoint is gathered from all processes
-            "offload_optimizer_device": "cpu" if "optimizer" in parallel.offload else "none",
-            "offload_param_device": "cpu" if "param" in parallel.offload else "none",
-            "gradient_accumulation_steps": 1,  # the training loop accumulates
-            "deepspeed_multinode_launcher": "standard",
-        },
-    }
-
-
-def die_with_launcher() -> None:
-    """Make a rank started by `launch` exit when the launcher exits, even if it already has."""
-    if launcher := os.environ.get(LAUNCHER):
-        die_with_parent(int(launcher))
-
-
 @contextlib.contextmanager
 def exit_without_teardown() -> Iterator[None]:
     """Exit a rank immediately after its work, with all output flushed.
@@ -170,108 +278,6 @@ def exit_without_teardown() -> Iterator[None]:
             os._exit(code)
 
 
-def main() -> int:
-    """Run `accelerate launch` in the middle process, and return the exit code of the training."""
-    parent, stage, directory = sys.argv[1:]
-    die_with_parent(int(parent))
-    stopping.listen()
-    import accelerate.utils.launch
-    import psutil  # type: ignore[import-untyped]
-    import torch
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    folder = Path(directory)
-    config = json.loads((folder / "stage.json").read_bytes())
-    parallel = ParallelConfig(**config["parallel"])
-    settings = json.loads((folder / "accelerate.json").read_bytes())
-    if not torch.cuda.is_available():
-        settings["use_cpu"] = True
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        (folder / "accelerate.json").write_text(json.dumps(settings), encoding="utf-8")
-    here = parallel.processes // parallel.nodes
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    os.environ[LAUNCHER] = str(os.getpid())
-    # The ranks have reported their own failures; the launcher's table of exit codes adds nothing.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-
-    ended: set[int] = set()
-
-    def end_ranks() -> None:
-        """Ask each rank of this node to exit, once; torch's launcher records their exit codes."""
-        for process in psutil.Process().children():
-            if process.pid not in ended:
-                ended.add(process.pid)
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.terminate()
-
-    nodes: Nodes | None = None
-    words = ["--config_file", str(folder / "accelerate.json")]
-    if parallel.nodes == 1:
-        words += ["--main_process_port", "0"]
-    else:
-        nodes = Nodes(
-            Rendezvous.read(parallel), parallel.nodes, f"{stage} {config['output']}, parallel {parallel}", end_ranks
-        )
-        # At the end torch's launcher would wait for the other nodes for at most five minutes, ignoring signals.
-        LocalElasticAgent._exit_barrier = lambda agent: None  # type: ignore[method-assign]
-        accelerate.utils.launch.is_port_in_use = lambda port: False  # our store uses it, and torch shares the store
-        try:
-            nodes.join()
-        except (UserError, TransientError) as error:
-            return fail(error)
-        rendezvous = nodes.rendezvous
-        words += ["--num_machines", str(parallel.nodes), "--machine_rank", str(rendezvous.node), "--same_network"]
-        words += ["--main_process_ip", rendezvous.address, "--main_process_port", str(rendezvous.port)]
-        words += ["--rdzv_conf", f"timeout={RENDEZVOUS_SECONDS}"]
-    words += ["-m", "training", stage, "--config", str(folder / "stage.json")]
-    arguments = launch_command_parser().parse_args(words)
-    # At a second signal, usual where all processes of a job get one, torch's handlers would abandon the ranks.
-    arguments.signals_to_handle = "SIGINT"
-    arguments.shutdown_timeout = math.ceil(stopping.grace_seconds()) + 2
-
-    def forward_signal(number: int, frame: Any) -> None:
-        """Make torch's launcher forward the first signal to all ranks and wait for them; ignore further ones."""
-        stopping.ignore()
-        if nodes is not None:
-            nodes.ask_to_stop(number)
-            if nodes.finishing:
-                return
-        raise SignalException(f"asked to stop by signal {number}", signal.Signals(number))
-
-    for number in stopping.SIGNALS:
-        signal.signal(number, forward_signal)
-    codes = {0}
-    try:
-        launch_command(arguments)
-    except SignalException as error:
-        codes = {128 + int(error.sigval)}
-    except ChildFailedError as error:
-        codes = _codes_of(error.failures)
-    except Exception:
-        if nodes is None:
-            raise
-        traceback.print_exc()
-        codes = {1}
-    if nodes is None:
-        return exit_code(codes)
-    return exit_code(nodes.finish(codes), nodes.stop)
-
-
-def _codes_of(failures: dict[int, Any]) -> set[int]:
-    """The exit codes of the failed ranks, from torch's error files."""
-    first = min(failure.timestamp for failure in failures.values())
-    for rank, failure in failures.items():
-        # Ranks that were killed later than the first failure were ended by the launcher itself.
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp <= first + 1:
-            text = f"process {rank} of the training was killed by signal {-failure.exitcode}"
-            print(text, file=sys.stderr)
-            report_failure("transient", text)
-    return {code if code > 0 else 128 - code for code in (failure.exitcode for failure in failures.values())}
-
-
 def exit_code(codes: set[int], stop: int = 0) -> int:
     """The exit code of a training whose ranks exited with `codes`; `stop`: the signal that asked them to, or 0."""
     bad = codes - {0}
@@ -281,7 +287,3 @@ def exit_code(codes: set[int], stop: int = 0) -> int:
         return 128 + stop
     # A rank that learned of the stop from another one exits as if by SIGTERM, which has the highest number.
     return min(bad) if bad <= {128 + number for number in stopping.SIGNALS} else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -189,7 +189,9 @@ def train(
             _require_finite(norm, step, [rows[index].row_id for index in batch])
             engine.step()
         # All processes must agree on saving and stopping: the flags are reduced together with the metrics.
-        sums = engine.all_reduce_metrics({**metrics, "due": float(state.due), "stop": float(stopping.requested())})
+        sums = engine.all_reduce_metrics(
+            {**metrics, "due": float(state.due), "stop": float(bool(stopping.requested()))}
+        )
         due, stop = sums.pop("due") > 0, sums.pop("stop") > 0
         if taken := updated.keys() & sums.keys():
             raise UserError(f"the algorithm's loss and its update both return a metric {min(taken)!r}. Rename one.")
@@ -224,7 +226,7 @@ def measure(
         scores = held_out.scores(engine.forward(micro_batch.batch), micro_batch).float().cpu()
         if micro_batch.weight:
             found[[places[id(row)] for row in micro_batch.rows]] = scores
-    if engine.all_reduce_metrics({"stop": float(stopping.requested())})["stop"] > 0:
+    if engine.all_reduce_metrics({"stop": float(bool(stopping.requested()))})["stop"] > 0:
         _save_and_exit(engine, state, log)
     whole = engine.all_reduce(found)
     if not whole.isfinite().all():

@@ -1,6 +1,6 @@
 """Coordinates the launchers of a multi-node training: rendezvous, stop requests, exit codes and lost nodes.
 
-Node 0 serves a torch `TCPStore`, at the port that torch's own rendezvous uses afterwards. Twice a second each node
+Node 0 serves a torch `TCPStore`, which the ranks use for their rendezvous as well. Twice a second each node
 writes its state there and reads the others'. On their own, torch's ranks would wait for a lost node until a collective
 times out. Here a node is lost after LOST_SECONDS without a heartbeat; if node 0 is lost, all nodes are.
 """
@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -102,14 +101,13 @@ def _number(text: str, lowest: int, highest: int) -> bool:
 class Nodes:
     """All nodes of a training, as seen by one node's launcher."""
 
-    def __init__(self, rendezvous: Rendezvous, count: int, training: str, end_processes: Callable[[], None]) -> None:
+    def __init__(self, rendezvous: Rendezvous, count: int, training: str) -> None:
         """Prepare the coordination; `join` connects.
 
         Args:
             rendezvous: this node's rank, and the address of node 0.
             count: number of nodes.
             training: identifies the training; nodes of another one are refused.
-            end_processes: asks this node's ranks to exit; called every second while another node has failed.
         """
         self.rendezvous = rendezvous
         self.count = count
@@ -119,7 +117,6 @@ class Nodes:
         """Exit codes of each node's ranks (empty for a lost node), in the order in which they became known."""
         self.finishing = False
         """Whether this node's ranks have exited."""
-        self._end_processes = end_processes
         self._own = State(training, socket.gethostname(), uuid.uuid4().hex)
         self._known: list[State | None] = [None] * count
         self._last_heard = [0.0] * count
@@ -179,8 +176,8 @@ class Nodes:
     # While the training runs
 
     def ask_to_stop(self, number: int) -> None:
-        """Ask the other nodes to stop as well; safe in a signal handler."""
-        if not self.stop and not self._failed:
+        """Ask the other nodes to stop as well."""
+        if not self.stop and not self.others_failed:
             self.stop = self._own.stop = number
 
     def finish(self, codes: set[int]) -> set[int]:
@@ -194,6 +191,8 @@ class Nodes:
         while len(self.ends) < self.count and time.monotonic() < limit:
             if limit == math.inf and (self.stop or any(end != [0] for end in list(self.ends.values()))):
                 limit = time.monotonic() + stopping.grace_seconds() + END_SECONDS
+            if number := stopping.requested():
+                self.ask_to_stop(number)
             beat()  # the other launchers watch their own ranks
             time.sleep(0.05)
         self._leave()
@@ -227,34 +226,26 @@ class Nodes:
                 report_failure("transient", text)
 
     @property
-    def _failed(self) -> bool:
+    def others_failed(self) -> bool:
         """Whether another node has failed before any stop request."""
         others = [end for node, end in list(self.ends.items()) if node != self.rendezvous.node]
         return not self.stop and any(end != [0] for end in others)
 
     def _watch(self) -> None:
         """Loop of the thread that reacts to the other nodes' states."""
-        failed_at = math.inf
-        last_request = 0.0
         while True:
             now = time.monotonic()
             for node, state in enumerate(self._known):
                 if node == self.rendezvous.node or state is None:
                     continue
-                if state.stop and not self.stop and not self._failed:
+                if state.stop and not self.stop and not self.others_failed:
                     self.stop = state.stop
-                    os.kill(os.getpid(), state.stop)
+                    if not self.finishing:
+                        os.kill(os.getpid(), state.stop)
                 if node not in self.ends and state.codes is not None:
                     self.ends[node] = state.codes
                 elif node not in self.ends and (self._store_is_gone or now - self._last_heard[node] > LOST_SECONDS):
                     self.ends[node] = []
-            if self._failed and not self.finishing:
-                failed_at = min(failed_at, now)
-                if now - last_request > 1:
-                    last_request = now
-                    self._end_processes()
-                if now - failed_at > stopping.grace_seconds() + END_SECONDS:
-                    os._exit(1)  # the main thread is blocked inside a library; child processes die with this one
             time.sleep(0.05)
 
     # The store

@@ -7,24 +7,20 @@ processes save time, and nothing depends on them.
 """
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from contracts.fingerprint import digest
-from contracts.forks import ANSWER_SECONDS
-from contracts.processes import end_groups, start_leader
+from contracts.forks import ANSWER_SECONDS, socket_folder, start_warm
+from contracts.processes import end_groups
 from contracts.warm import RELEASED, ForkRequest
 
 END_SECONDS = 5.0
-MAX_BYTES = 60
-"""Maximum length of a directory's path in bytes for a socket in it."""
 
 
 class WarmProcesses:
@@ -48,21 +44,16 @@ class WarmProcesses:
         directory: str,
         libraries: Iterable[str] = (),
     ) -> Path:
-        """The socket of a warm process, which is started if necessary and imports what stages with `libraries` need.
-
-        The socket belongs to that process alone: once it has died, connections fail at once instead of waiting.
-        """
+        """The socket of a warm process, which is started if necessary and imports what stages with `libraries` need."""
         name = _name(package, python, environment)
-        self._folder = self._folder or _new_folder()
+        self._folder = self._folder or socket_folder()
         path = self._folder / name
         if name not in self._processes:
             self._devices[name] = devices_of(environment)
             log = self._logs / f"{package}.log"
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
-                door.bind(str(path))
-                door.listen()
-                command = [python, "-P", "-m", "contracts.warm", package, str(door.fileno()), *libraries]
-                self._processes[name] = start_leader(command, environment, log, directory, [door.fileno()])
+            self._processes[name] = start_warm(
+                path, package, python, environment, log=log, directory=directory, libraries=libraries
+            )
         return path
 
     def release(self, devices: set[str], keep: str) -> None:
@@ -89,12 +80,6 @@ class WarmProcesses:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-
-
-def _new_folder() -> Path:
-    """Create a folder for sockets, whose paths have at most 107 bytes: in /tmp if the default is too long."""
-    place = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="ratchet-warm-", dir=place if len(os.fsencode(place)) < MAX_BYTES else "/tmp"))
 
 
 def devices_of(environment: Mapping[str, str]) -> set[str]:

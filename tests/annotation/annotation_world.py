@@ -1,12 +1,12 @@
 """Generates random tiny models, rollouts and scores for the tests of annotation."""
 
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from warm_stages import run_stage_warm
 
 from contracts.artifacts import Artifact
 from contracts.jsonl import read_jsonl
@@ -30,12 +30,8 @@ EOS = IDS["</s>"]
 
 
 def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the real command line in a separate process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    result = subprocess.run(
-        [sys.executable, "-m", "annotation", *map(str, arguments)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    """Run the command line in a process forked from one that has imported the libraries."""
+    result = run_stage_warm("annotation", *arguments, environment=environment)
     assert not check or result.returncode == 0, result.stderr
     return result
 

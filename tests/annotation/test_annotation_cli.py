@@ -123,6 +123,7 @@ def test_stages_without_a_model_start_at_once(tmp_path, rollouts, stage):
         "pairs": ["pairs", f"rollouts={rollouts.path}", f"scores={scores.path}"],
     }[stage]
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run_cli(*arguments, f"output={tmp_path / 'output'}")
+    command = [sys.executable, "-m", "annotation", *arguments, f"output={tmp_path / 'output'}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 1.5

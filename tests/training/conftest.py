@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from warm_stages import run_stage_warm
 
 from contracts.artifacts import Artifact
 from contracts.config import validate
@@ -41,12 +42,8 @@ TEMPLATE = (
 
 
 def run_cli(*arguments: Any, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the real command line in a separate process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    result = subprocess.run(
-        [sys.executable, "-m", "training", *map(str, arguments)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    """Run the command line in a process forked from one that has imported the libraries."""
+    result = run_stage_warm("training", *arguments, environment=environment, libraries=["deepspeed"])
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -117,13 +114,14 @@ class RunningTraining:
             time.sleep(0.01)
         return code
 
-    def processes(self, *variables: str) -> list[int]:
-        """Its running processes, or those of them that have some environment variables (NAME=VALUE)."""
-        wanted = {text.encode() for text in (f"RATCHET_ATTEMPT={self.attempt}", *variables)}
+    def processes(self, name: str = "") -> list[int]:
+        """Its running processes, or the one of this name."""
+        attempt = f"RATCHET_ATTEMPT={self.attempt}".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                ours = attempt in (folder / "environ").read_bytes().split(b"\0")
+                if ours and name in ("", (folder / "comm").read_text().strip()):
                     found.append(int(folder.name))
             except OSError:  # it has just ended
                 continue

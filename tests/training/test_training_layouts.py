@@ -22,7 +22,7 @@ from conftest import (
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from training.launch import launcher_settings
+from training.launch import rank_variables
 from training.parallel import ParallelConfig, check_layout
 
 SMALL = {"micro_batch_tokens": 48}
@@ -232,19 +232,18 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
         check_layout(ParallelConfig(pp=2), model)
 
 
-def test_settings_for_the_launcher() -> None:
-    assert launcher_settings(ParallelConfig(dp=2, tp=2, pp=2, zero="fsdp2"))["num_processes"] == 8
-    settings = launcher_settings(ParallelConfig(dp=2, zero=3, offload=["optimizer"]))
-    assert settings["distributed_type"] == "DEEPSPEED"
-    assert settings["deepspeed_config"]["offload_optimizer_device"] == "cpu"
-    assert settings["deepspeed_config"]["offload_param_device"] == "none"
+def test_the_variables_of_ranks_are_those_of_torchrun() -> None:
+    variables = rank_variables(ParallelConfig(dp=4, nodes=2), node=1, local=1)
+    assert {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    assert (variables["GROUP_RANK"], variables["GROUP_WORLD_SIZE"]) == ("1", "2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ("{dp: 1, zero: 2}", "but ZeRO stage 0 is running"),
         ("{dp: 2}", "1 process(es) were started, but parallel (dp=2) declares 2"),
         ("{pp: 2}", "1 process(es) were started, but parallel (pp=2) declares 2"),
     ],

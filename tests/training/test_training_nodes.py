@@ -135,7 +135,7 @@ def test_a_killed_process_or_node_ends_all_nodes(
     settings = dpo_settings(models, pairs, tmp_path / "out", epochs=50, checkpoint_seconds=1000, parallel=SMALL)
     nodes = start_nodes(start, settings)
     nodes[0].wait_for(lambda: nodes[0].steps)
-    os.kill(nodes[1].processes("RANK=1")[0], signal.SIGKILL)
+    os.kill(nodes[1].processes("rank 1")[0], signal.SIGKILL)
     end_all(nodes, 1, 40)
     assert {"transient"} <= kinds(nodes[1])
     assert re.search(r"node 1 .* ended with exit code .*137", (nodes[0].attempt / "log").read_text())
@@ -237,13 +237,12 @@ class Talk:
         self.count = count
         self.port = free_port()
         self.signals: list[int] = []
-        self.ended: list[int] = []
         self.nodes: list[Nodes] = []
         monkeypatch.setattr(training.nodes.os, "kill", lambda pid, number: self.signals.append(number))
 
     def node(self, number: int, training: str = "this one") -> Nodes:
         rendezvous = Rendezvous(number, "127.0.0.1", self.port)
-        self.nodes.append(Nodes(rendezvous, self.count, training, lambda: self.ended.append(number)))
+        self.nodes.append(Nodes(rendezvous, self.count, training))
         return self.nodes[-1]
 
     def join(self, *nodes: Nodes) -> list[Any]:
@@ -318,7 +317,7 @@ def test_one_stop_reaches_every_node_once(talk: Callable[[int], Talk]) -> None:
     three.finish({node: {128 + signal.SIGUSR1} for node in nodes})
     assert three.signals == [signal.SIGUSR1] * 2
     assert {node.stop for node in nodes} == {signal.SIGUSR1}
-    assert not three.ended
+    assert not any(node.others_failed for node in nodes)
 
 
 def test_a_failure_ends_the_processes_of_the_others(talk: Callable[[int], Talk], capfd: Any) -> None:
@@ -327,7 +326,7 @@ def test_a_failure_ends_the_processes_of_the_others(talk: Callable[[int], Talk],
     two.join(*nodes)
     failed = threading.Thread(target=nodes[1].finish, args=({1},))
     failed.start()
-    wait_until(lambda: two.ended == [0])
+    wait_until(lambda: nodes[0].others_failed)
     assert nodes[0].finish({143}) == {1, 143}
     failed.join(200)
     assert not two.signals
@@ -343,7 +342,7 @@ def test_a_node_that_says_nothing_is_lost(
     nodes = [two.node(0), two.node(1)]
     two.join(*nodes)
     monkeypatch.setattr(nodes[gone], "_write_and_read", lambda store: None)
-    wait_until(lambda: two.ended.count(1 - gone))
+    wait_until(lambda: nodes[1 - gone].others_failed)
     monkeypatch.setenv("RATCHET_ATTEMPT", str(tmp_path))
     assert nodes[1 - gone].finish({143}) == {1, 143}
     (failure,) = [json.loads(path.read_text()) for path in tmp_path.glob("failure-*.json")]
@@ -361,14 +360,14 @@ def test_without_node_0_the_others_are_lost(
     two = talk(2)
     code = (
         "from training.nodes import Nodes, Rendezvous; import time; "
-        f"Nodes(Rendezvous(0, '127.0.0.1', {two.port}), 2, 'this one', print).join(); time.sleep(60)"
+        f"Nodes(Rendezvous(0, '127.0.0.1', {two.port}), 2, 'this one').join(); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
         try:
             node = two.node(1)
             assert two.join(node) == [None]
             KILL(process.pid, number)
-            wait_until(lambda: two.ended == [1])
+            wait_until(lambda: node.others_failed)
             assert node.finish({143}) == {1, 143}
         finally:
             KILL(process.pid, signal.SIGKILL)
@@ -404,14 +403,15 @@ def test_a_stop_while_the_others_are_awaited_stops_them(
 
 @pytest.mark.slow
 def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
-    """The process in the middle gives up, and its exit code is the command's."""
+    """The launcher gives up, and starts no rank."""
     settings = dpo_settings(models, pairs, tmp_path / "out", parallel=SMALL)
     (tmp_path / "stage.json").write_text(json.dumps(settings, default=str))
-    (tmp_path / "accelerate.json").write_text("{}")
     port = free_port()
     code = (
-        "import os, sys, training.launch, training.nodes; training.nodes.ARRIVAL_SECONDS = 1; "
-        f"sys.argv = ['launch', str(os.getppid()), 'policy', {str(tmp_path)!r}]; sys.exit(training.launch.main())"
+        "import sys, torch, training.nodes\nfrom contracts.declaration import stages_of\n"
+        "from contracts.stage import main\n"
+        f"training.nodes.ARRIVAL_SECONDS = 1; sys.argv[1:] = ['policy', '--config', {str(tmp_path / 'stage.json')!r}]; "
+        "main(stages_of('training'), 'training')"
     )
     for node, message in (("0", "node 1 of the 2 nodes"), ("1", "node 1 (")):
         attempt = tmp_path / f"task-{node}"

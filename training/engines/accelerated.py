@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    InitProcessGroupKwargs,
+    check_cuda_p2p_ib_support,
+)
 from torch import Tensor, nn
 
 from contracts.attempt import beat
@@ -166,16 +171,31 @@ class AcceleratedEngine(TrainingEngine):
 
 
 def _create_accelerator(config: TrainingConfig, dtype: torch.dtype) -> Accelerator:
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if deepspeed:
+    stage, on_cpu = config.parallel.deepspeed_stage, not torch.cuda.is_available()
+    plugin = None
+    if stage:
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
         _disable_compiled_collective()
-    on_cpu = not torch.cuda.is_available()
+        plugin = DeepSpeedPlugin(
+            zero_stage=stage,
+            gradient_accumulation_steps=1,  # the training loop accumulates
+            gradient_clipping=config.max_grad_norm,
+            offload_optimizer_device="cpu" if "optimizer" in config.parallel.offload else "none",
+            offload_param_device="cpu" if "param" in config.parallel.offload else "none",
+            zero3_init_flag=stage == 3,
+            zero3_save_16bit_model=stage == 3,  # the published checkpoint is gathered from all processes
+        )
+    if not on_cpu and not check_cuda_p2p_ib_support():  # some consumer GPUs, for which accelerate's launcher does this
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         # With cpu=True accelerate ignores DeepSpeed; without it and without a named backend, it assumes one process.
-        cpu=on_cpu and not deepspeed,
+        cpu=on_cpu and not stage,
+        deepspeed_plugin=plugin,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu and deepspeed else None, timeout=COLLECTIVE_TIMEOUT)
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and stage else None, timeout=COLLECTIVE_TIMEOUT)
         ],
     )
     found, offloaded = _zero_stage(accelerator), _offloaded(accelerator)
@@ -192,9 +212,6 @@ def _create_accelerator(config: TrainingConfig, dtype: torch.dtype) -> Accelerat
     if found:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = 1  # only used for DeepSpeed's throughput log
-        settings["gradient_accumulation_steps"] = 1  # the training loop accumulates
-        settings["gradient_clipping"] = config.max_grad_norm
-        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         # DeepSpeed's own CPU optimizer supports only Adam, and takes minutes to compile.
         settings["zero_force_ds_cpu_optimizer"] = config.optimizer == "adamw" and not on_cpu
     return accelerator

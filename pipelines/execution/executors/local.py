@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from contracts.forks import Process, fork
+from contracts.forks import IMPORT_SECONDS, Process, fork
 from contracts.manifest import MANIFEST
 from contracts.versions import source_version
 from pipelines.environments.launch import stage_environment
@@ -27,8 +27,6 @@ from pipelines.run.events import JobEnded
 
 MIN_WARM_STAGES = 2
 """Minimum number of remaining stages with models for which a warm process is started."""
-IMPORT_SECONDS = 120.0
-"""Maximum time that a stage with a model waits for a warm process to import; its own imports would take as long."""
 START_SECONDS = 5.0
 """Maximum time that a supervisor waits for a warm process to import."""
 SUPERVISOR_PACKAGE = "pipelines"
