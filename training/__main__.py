@@ -12,9 +12,9 @@ if __name__ == "__main__":
 
 from contracts.declaration import stages_of
 from contracts.stage import main
-from training.launch import exit_without_teardown, meet
+from training.launch import exit_without_teardown, join_ranks
 
 if __name__ == "__main__":
     with exit_without_teardown():
-        meet()
+        join_ranks()
         main(stages_of("training"), "training")

@@ -137,10 +137,9 @@ def _run_ranks(
     here = parallel.processes // parallel.nodes
     ranks: list[Process] = []
     try:
-        with stopping.deferred():
-            for local in range(here):
-                own = rank_variables(parallel, node, local)
-                ranks.append(start_again(socket, command, {**variables, **own}, patience=IMPORT_SECONDS))
+        for local in range(here):
+            own = rank_variables(parallel, node, local)
+            ranks.append(start_again(socket, command, {**variables, **own}, patience=IMPORT_SECONDS))
         while not any(codes := [rank.poll() for rank in ranks]) and None in codes:
             if nodes is not None and (number := stopping.requested()):
                 stopping.ignore()
@@ -187,17 +186,18 @@ def rank_variables(parallel: ParallelConfig, node: int, local: int) -> dict[str,
     }
 
 
-def meet() -> None:
-    """In a rank of a single node: agree on the store by which the ranks find each other.
+def join_ranks() -> None:
+    """In a rank, name the process, and agree with the other ranks of a single node on the store by which they meet.
 
     Rank 0 serves it at a port that the system chooses, so no other program can have taken it.
     """
-    if "RANK" in os.environ:
-        name_process(f"rank {os.environ['RANK']}")
-    file = Path(os.environ.pop(MEETING, ""))
-    if not file.name:
+    rank = os.environ.get("RANK")
+    if rank is not None:
+        name_process(f"rank {rank}")
+    if MEETING not in os.environ:
         return
-    if os.environ["RANK"] == "0":
+    file = Path(os.environ.pop(MEETING))
+    if rank == "0":
         from torch.distributed import TCPStore
 
         _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
