@@ -5,6 +5,7 @@ which libraries read while they are imported must be set when the first stage of
 check that the commands start on their own.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -62,6 +63,13 @@ class WarmStage:
         return texts[0], texts[1]
 
 
+@functools.cache
+def warm_socket(package: str, *libraries: str) -> Path:
+    """The socket of the process that a package's stages are forked from, started with the first of them."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return _processes.address(package, sys.executable, variables, str(ROOT), libraries)
+
+
 def start_stage(
     package: str,
     *arguments: Any,
@@ -74,7 +82,7 @@ def start_stage(
         environment: variables on top of this process's.
         libraries: what the process that it is forked from imports, besides what every stage of the package needs.
     """
-    path = _processes.address(package, sys.executable, os.environ, str(ROOT), libraries)
+    path = warm_socket(package, *libraries)
     variables = {**os.environ, WARM_SOCKET: str(path), **(environment or {})}
     output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
     command = [sys.executable, "-m", package, *map(str, arguments)]
