@@ -1,6 +1,7 @@
 """Training engine on accelerate: a single process, DDP, or DeepSpeed ZeRO."""
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -177,6 +178,7 @@ def _create_accelerator(config: TrainingConfig, dtype: torch.dtype) -> Accelerat
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         _disable_compiled_collective()
+        _import_muon_uncompiled()
         plugin = DeepSpeedPlugin(
             zero_stage=stage,
             gradient_accumulation_steps=1,  # the training loop accumulates
@@ -238,3 +240,17 @@ def _disable_compiled_collective() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer, which every ZeRO training imports, without loading torch's compiler for it.
+
+    Loading the compiler takes each process two seconds; no training here uses Muon.
+    """
+    from deepspeed.runtime import compiler
+
+    original, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = original
