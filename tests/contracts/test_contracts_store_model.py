@@ -5,6 +5,7 @@ told to go on, or is killed there. So every interleaving of several writers, and
 Whatever happens, a reader sees nothing, or the whole of one artifact, and nothing that was finished is made again.
 """
 
+import functools
 import os
 import select
 import shutil
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from contracts import attempt, following, stage, stopping
+from contracts import attempt, following, publication, stage, stopping
 from contracts.artifacts import Artifact
 from contracts.config import StageConfig, identity
 from contracts.declaration import Stage
@@ -102,6 +103,7 @@ class Writer:
         """By default it publishes a word; `job`: another stage and its config; `variables`: of its environment."""
         self.word = word
         self.role = role
+        chosen = job or (COMMAND if role is None else SHARED, WordsConfig(word=word, output=target))
         self.ended: str | None = None
         """published (a task: done), stopped, or the error; None while it runs."""
         self.made: list[str] = []
@@ -115,7 +117,7 @@ class Writer:
                 os.close(self._orders)
                 os.close(self._answers)
                 os.environ.update(variables or {})
-                _write(target, word, role, job, orders, answers)
+                _write(target, role, chosen, orders, answers)
                 code = 0
             finally:
                 os._exit(code)
@@ -182,7 +184,7 @@ class Writer:
         return line.decode()
 
 
-def _write(target: Path, word: str, role: str | None, job: Job | None, orders: int, answers: int) -> None:
+def _write(target: Path, role: str | None, job: Job, orders: int, answers: int) -> None:
     """The writer's process: run the stage, and ask before every system call on its files."""
     global tell
 
@@ -211,6 +213,7 @@ def _write(target: Path, word: str, role: str | None, job: Job | None, orders: i
     tell = say
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.stat = asking(os.stat)  # which no audit event tells of
+    skip_descriptions()
     stage.LOCK_SECONDS = 0  # nobody waits: who would have to is refused
     following.POLL_SECONDS = 0
     if role is not None:
@@ -220,7 +223,7 @@ def _write(target: Path, word: str, role: str | None, job: Job | None, orders: i
         os.environ.update({"RANK": "1", "WORLD_SIZE": "2"})
     sys.addaudithook(audit)
     try:
-        run_stage(*(job or (COMMAND if role is None else SHARED, WordsConfig(word=word, output=target))))
+        run_stage(*job)
     except stopping.Stopped:
         say("stopped")
     except TransientError as error:
@@ -234,6 +237,14 @@ def _write(target: Path, word: str, role: str | None, job: Job | None, orders: i
     os.read(orders, 1)  # to be killed
 
 
+def skip_descriptions() -> None:
+    """Have this process, a fork, not describe its code and machine: that would take most of its time."""
+    stage.begin_measuring = lambda: None
+    stage.source_version = lambda package: "0123456789abcdef"
+    stage.installed_versions = dict
+    publication.hardware = dict
+
+
 def _is_below(root: Path, arguments: tuple[Any, ...]) -> bool:
     return bool(arguments) and isinstance(arguments[0], str | os.PathLike) and str(arguments[0]).startswith(str(root))
 
@@ -244,6 +255,7 @@ def digests() -> dict[str, str]:
     return whole_digests()
 
 
+@functools.cache
 def whole_digests() -> dict[str, str]:
     """Made by writers that nobody disturbs."""
     found = {}
@@ -468,6 +480,7 @@ def test_two_processes_publish_the_same_at_once(digests: dict[str, str], tmp_pat
                 try:
                     os.close(go)
                     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                    skip_descriptions()
                     os.read(start, 1)  # until the other end is closed: both begin in the same instant
                     run_stage(COMMAND, WordsConfig(word="new", output=target))
                     code = 0

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import test_contracts_store_model
+from forked import Forked
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -31,74 +31,32 @@ from contracts.records import PROMPTS
 from contracts.stage import Context, run_stage
 from contracts.workers import share_shards
 
-STAGE = '''
-import os, time
-from pathlib import Path
-from typing import ClassVar
-from contracts.config import StageConfig, identity, runtime
-from contracts.ledger import Ledger
-from contracts.records import PROMPTS, Message, Prompt
-from contracts.declaration import Stage
-from contracts.stage import Outcome, main
-from contracts.workers import share_shards
 
+class Process(Forked):
+    """A process that runs shared_stage."""
 
-class SharedConfig(StageConfig):
-    """Shards that name themselves; each that is begun or made is noted in a file beside the output."""
+    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        outputs = (self._file.fileno(), self._file.fileno())
+        super().__init__("shared_stage", *arguments, env=environment, cwd=folder, outputs=outputs)
 
-    stage: ClassVar[str] = "shared"
-    code_version: ClassVar[int] = 1
-    shards: int = identity(4)
-    """How many."""
-    word: str = identity("new")
-    """Part of every row."""
-    held: int | None = runtime(None)
-    """The shard from which on each takes until the file `go` is beside the output; None: all are quick."""
-
-
-def run(config, context):
-    log = config.output.with_name("log")
-
-    def note(*words):
-        with log.open("a") as file:
-            file.write(" ".join([os.environ.get("RANK", "0"), *words]) + "\\n")
-
-    def open_worker():
-        note("engine")
-
-        def make(name):
-            note("begins", name)
-            while config.held is not None and name >= f"shard-{config.held:05d}" and not log.with_name("go").exists():
-                time.sleep(0.01)
-            ledger = Ledger("prompts")
-            ledger.keep()
-            context.publication.write_rows(name, [Prompt(name, (Message("user", config.word),))], ledger)
-            note("made", name)
-
-        return make
-
-    share_shards(context, [f"shard-{number:05d}.jsonl" for number in range(config.shards)], open_worker)
-    return Outcome("prompts", weights=config.word) if context.publishes else Outcome("prompts")
-
-
-if __name__ == "__main__":
-    main({"shared": Stage(SharedConfig, PROMPTS, "shared:run")}, "shared")
-'''
+    def output(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._file.fileno(), 1 << 20, 0).decode()
 
 
 class World:
     """Starts the stage in its roles, all with the same output."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "shared.py").write_text(STAGE)
         self.folder = folder
         self.output = folder / "out"
         self.log = folder / "log"
 
-    def start(self, role: str | None, rank: int = 0, **settings: object) -> "subprocess.Popen[str]":
+    def start(self, role: str | None, rank: int = 0, **settings: object) -> "Process":
         """One process; of a task, `rank` is its number from 1 on."""
         attempt = settings.pop("attempt", None)
-        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{self.folder}"}
+        environment = dict(os.environ)
         if role is not None:
             environment["RATCHET_ROLE"] = role
         if role == "task":
@@ -106,17 +64,14 @@ class World:
         if attempt is not None:
             environment["RATCHET_ATTEMPT"] = str(attempt)
         settings.setdefault("output", self.output)
-        command = [sys.executable, "-m", "shared", *(f"{name}={value}" for name, value in settings.items())]
-        return subprocess.Popen(
-            command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return Process([f"{name}={value}" for name, value in settings.items()], environment, self.folder)
 
     def run(self, role: str | None, rank: int = 0, code: int = 0, **settings: object) -> str:
         """The output of one process, which must end with this code."""
         process = self.start(role, rank, **settings)
-        out, _ = process.communicate(timeout=200)
-        assert process.returncode == code, out
-        return out
+        process.wait(200)
+        assert process.returncode == code, process.output()
+        return process.output()
 
     def noted(self, word: str) -> list[str]:
         """What the stage has noted so far: begins, made (a shard's name), engine (a rank)."""
@@ -165,8 +120,7 @@ def test_sixteen_tasks_at_once_and_then_a_publisher(world: World) -> None:
     world.wait_for("engine", 2)
     world.go()
     for task in tasks:
-        out, _ = task.communicate(timeout=120)
-        assert task.returncode == 0, out
+        assert task.wait(120) == 0, task.output()
     assert not world.output.exists(), "a task never publishes"
     assert sorted(world.noted("made")) == [f"shard-{number:05d}.jsonl" for number in range(40)]
     assert len(set(world.noted("engine"))) > 1
@@ -213,13 +167,14 @@ def test_a_publisher_waits_for_a_task_that_still_works(world: World) -> None:
     attempt = world.folder / "attempt"
     attempt.mkdir()
     publisher = world.start("publisher", shards=2, attempt=attempt)
-    assert publisher.stdout is not None
-    assert "waiting up to 120 s" in publisher.stdout.readline()
+    deadline = time.monotonic() + 200
+    while "waiting up to 120 s" not in publisher.output():
+        assert time.monotonic() < deadline, publisher.output()
+        time.sleep(0.01)
     world.go()
-    out, _ = publisher.communicate(timeout=200)
-    assert publisher.returncode == 0, out
-    assert "waiting up to 120 s" not in out
-    assert task.wait(timeout=200) == 0
+    assert publisher.wait(200) == 0, publisher.output()
+    assert publisher.output().count("waiting up to 120 s") == 1
+    assert task.wait(200) == 0
     assert world.published().manifest.rows == 2
 
 
@@ -248,9 +203,9 @@ def test_a_lone_task_clears_what_a_crash_left_and_another_one_leaves_it_alone(wo
     second = world.start("task", 2, shards=4)
     world.wait_for("begins", 6)
     world.go()
-    assert second.wait(timeout=200) == 0
+    assert second.wait(200) == 0
     assert strays[0].exists()
-    assert first.wait(timeout=200) == 0
+    assert first.wait(200) == 0
     assert max(Counter(world.noted("begins")[4:]).values()) == 1
     world.run("publisher", shards=4)
     assert world.published().manifest.digest == world.alone(shards=4).manifest.digest
@@ -275,7 +230,7 @@ def test_a_stopped_task_finishes_the_shard_in_hand(world: World, number: signal.
     world.wait_for("begins")
     task.send_signal(number)
     world.go()
-    assert task.wait(timeout=200) == 128 + number
+    assert task.wait(200) == 128 + number
     assert world.noted("made") == ["shard-00000.jsonl"]
     (failure,) = (json.loads(path.read_bytes()) for path in attempt.glob("failure-*.json"))
     assert (failure["kind"], failure["rank"]) == ("stopped", "1")
@@ -290,7 +245,7 @@ def test_every_task_tells_how_far_the_stage_is(world: World) -> None:
     second = world.start("task", 2, shards=6, held=4, attempt=attempts[1])
     world.wait_for("begins", 6)  # the last one: four are made by the first, and one is held by it
     world.go()
-    assert [task.wait(timeout=200) for task in (first, second)] == [0, 0]
+    assert [task.wait(200) for task in (first, second)] == [0, 0]
     told = [json.loads((attempt / "progress.json").read_bytes()) for attempt in attempts]
     # Each has made one at least, so that who says six has counted the other's.
     assert {"done": 6, "total": 6, "unit": "shards"} in told
@@ -466,6 +421,7 @@ def fork_task(target: Path, made: Path) -> int:
                 file.write(line.split()[-1] + "\n")
 
         test_contracts_store_model.tell = note
+        test_contracts_store_model.skip_descriptions()
         stopping.listen()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
         run_stage(SHARED, WordsConfig(word="new", output=target))
