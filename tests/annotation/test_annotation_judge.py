@@ -4,8 +4,6 @@ import json
 import math
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_world import ROOT, make_rollout, make_rollouts, publish_rollouts, run_cli
+from annotation_world import make_rollout, make_rollouts, publish_rollouts, run_cli
 from remote_world import Handler, Server, cut_off, drip, html, serving
+from warm_stages import WarmStage, start_stage
 
 from annotation.preflight import check_scorer
 from annotation.remote import client as client_module
@@ -425,12 +424,12 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
     with serving(rarely) as server:
         whole = score(tmp_path, rollouts, server, "whole", cache=tmp_path / "other")
         server.asked.clear()
-        argv = [sys.executable, "-m", "annotation", *command(tmp_path, rollouts, server, concurrency=4)]
+        arguments = command(tmp_path, rollouts, server, concurrency=4)
         for number in kills:
             wait_until(lambda: server.at_once == 0)
             server.replied.clear()
             replies = threading.Semaphore(7)
-            stage = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            stage = start_stage("annotation", *arguments)
             wait_until(lambda: len(server.replied) == 7 and server.at_once == 4, stage)
             stage.send_signal(number)
             if number == signal.SIGKILL:
@@ -438,8 +437,7 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
             replies.release(1000)
             stage.communicate(timeout=200)
             assert stage.returncode == (128 + number if number == signal.SIGTERM else -number)
-        ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stderr
+        run_cli(*arguments)
     found = Artifact.open(tmp_path / "scores")
     assert found.manifest.digest == whole.manifest.digest
     asked = Counter(answer_in(body) for body in server.asked)
@@ -452,7 +450,7 @@ def test_what_was_answered_is_paid_for_once_however_often_the_stage_is_killed(tm
     assert facts["answers_paid"] >= len(asked) - len(kills)
 
 
-def wait_until(condition: Callable[[], bool], stage: "subprocess.Popen[str] | None" = None) -> None:
+def wait_until(condition: Callable[[], bool], stage: WarmStage | None = None) -> None:
     deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline

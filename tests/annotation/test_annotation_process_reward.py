@@ -3,13 +3,11 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import msgspec
 import pytest
 import torch
-from annotation_world import publish_rollouts, tiny_config
+from annotation_world import publish_rollouts, run_cli, tiny_config
 from byte_level import CHATML, CHATML_TOKENS, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, Qwen2Config
 
@@ -232,12 +230,10 @@ def test_a_stage_publishes_steps_and_refuses_another_vocabulary(tmp_path, classi
     facts = {"vocabulary": ChatTokenizer(policy).vocabulary}
     rollouts = publish_rollouts(tmp_path / "rollouts", [rollout(policy)], facts=facts)
     fields = [f"rollouts={rollouts.path}", f"model={classifier}", "kind=process_reward", f"marker={MARKER}"]
-    command = [sys.executable, "-m", "annotation", "score", *fields]
-    refused = subprocess.run([*command, f"output={tmp_path / 'no'}"], capture_output=True, text=True, check=False)
+    refused = run_cli("score", *fields, f"output={tmp_path / 'no'}", check=False)
     assert refused.returncode == 2
     assert "tokenizer=DIRECTORY" in refused.stderr
-    made = subprocess.run([*command, f"output={tmp_path / 'scores'}", f"tokenizer={policy}"], check=False)
-    assert made.returncode == 0
+    run_cli("score", *fields, f"output={tmp_path / 'scores'}", f"tokenizer={policy}")
     known = json.loads((tmp_path / "scores/manifest.json").read_text())["facts"]
     assert known["steps"] == sum(len(divide(text, SEPARATOR)) for text in ANSWERS)
     assert 0 < known["lowest_mean"] < 1

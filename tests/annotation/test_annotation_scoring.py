@@ -1,7 +1,6 @@
 """The score stage: what the models give, what is dropped, and that nothing depends on who works."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from warm_stages import start_stage
 
 from annotation.scorers import score_config
 from annotation.stages.score import SCORE
@@ -269,9 +269,7 @@ def test_a_killed_scorer_continues_with_the_shards_that_it_finished(tmp_path):
     run_cli(*command, f"output={tmp_path / 'whole'}")
     (tmp_path / "calls").unlink()
     last.write_text("14")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "annotation", *command, f"output={tmp_path / 'killed'}"], cwd=ROOT, env=os.environ
-    )
+    process = start_stage("annotation", *command, f"output={tmp_path / 'killed'}")
     deadline = time.monotonic() + 200
 
     def noted() -> int:
