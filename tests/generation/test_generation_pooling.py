@@ -22,6 +22,7 @@ from annotation.models.loading import open_model
 from annotation.samples import Sample
 from annotation.scorers import score_config
 from annotation.scorers.base import Opening
+from annotation.stages.score import SCORE
 from contracts.artifacts import Artifact
 from contracts.chat import ChatTokenizer
 from contracts.errors import UserError
@@ -29,10 +30,21 @@ from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
 from contracts.records import ROLLOUTS, SCORES, Completion, Message, Rollout, Score
+from contracts.stage import run_stage
 from modeling.loading import Qwen2ForProcessRewardModel
+from modeling.vllm_process import set_environment
 
 pytestmark = pytest.mark.slow
 TEXTS = ["", "It is Paris.", "Ça va? 🧑‍🚀 好的", "The capital of France is Paris. " * 6, "I do not know.\n\nReally."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inspected_here():
+    """Have vLLM look at an architecture in this process, not in a new one, which would import vLLM first."""
+    set_environment(on_gpu=torch.cuda.is_available())  # before vLLM is imported
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
+        yield
 
 
 def reward_model(folder: Path, model_type: str, head=AutoModelForSequenceClassification, **changes) -> Path:
@@ -210,22 +222,14 @@ def test_an_architecture_that_vllm_makes_no_classifier_of_is_told(tmp_path: Path
         opened(tmp_path, tmp_path / "gpt", kind="pairwise")
 
 
-def score(output: Path, rollouts: Path, model: Path) -> subprocess.Popen:
-    fields = [f"output={output}", f"rollouts={rollouts}", f"model={model}", "kind=reward_model", "engine=vllm"]
-    return subprocess.Popen([sys.executable, "-m", "annotation", "score", *fields])
-
-
-def vllm_version() -> str:
-    code = "import vllm; print(vllm.__version__)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
-
-
 def test_a_kill_changes_nothing(tmp_path: Path, rollouts: Path, qwen: Path) -> None:
-    assert score(tmp_path / "whole", rollouts, qwen).wait() == 0
+    fields = {"rollouts": rollouts, "model": qwen, "kind": "reward_model", "engine": "vllm"}
+    whole = run_stage(SCORE, score_config(output=tmp_path / "whole", **fields))
     for number in range(5):  # beside other work, this process may come too late
         output = tmp_path / str(number) / "out"
         output.parent.mkdir()
-        killed = score(output, rollouts, qwen)
+        keys = [f"{name}={value}" for name, value in {**fields, "output": output}.items()]
+        killed = subprocess.Popen([sys.executable, "-m", "annotation", "score", *keys])
         while not (finished := list(output.parent.glob(".out.partial-*/.receipt-shard-00000.jsonl.json"))):
             if killed.poll() is not None:
                 break
@@ -235,8 +239,8 @@ def test_a_kill_changes_nothing(tmp_path: Path, rollouts: Path, qwen: Path) -> N
         if finished and not output.exists():
             break
     first = (finished[0].parent / "shard-00000.jsonl").stat().st_ino
-    assert score(output, rollouts, qwen).wait() == 0
-    one, other = (Artifact.open(path, SCORES) for path in (tmp_path / "whole", output))
+    run_stage(SCORE, score_config(output=output, **fields))
+    one, other = (Artifact.open(path, SCORES) for path in (whole.path, output))
     assert [shard.read_bytes() for shard in one.shards] == [shard.read_bytes() for shard in other.shards]
     assert other.shards[0].stat().st_ino == first
     assert len(list(one.rows(Score))) == 60
