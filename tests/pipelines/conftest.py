@@ -16,7 +16,10 @@ from pipelines_cluster import Cluster, ClusterRefused, FakeCluster, Slurm
 from pipelines_slurm_run import digests
 from pipelines_smallest import FinishedRun, finish_smallest, pipeline, write_pretended, write_smallest
 from reported import ReportedRun
+from warm_asking import ask_warm, interpreters, socket_of_asked
 
+import pipelines.doctor.checks
+import pipelines.planning.inspection
 from pipelines.environments.locked import interpreter
 
 
@@ -107,12 +110,18 @@ def slurm(request: pytest.FixtureRequest) -> Slurm:
 
 
 @pytest.fixture(scope="session")
-def pretended_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a local run of one iteration with fake stages. Tests must not change it."""
-    config = write_pretended(tmp_path_factory.mktemp("pretended"), executor={"kind": "inline"})
-    result = pipeline("run", str(config), "--iters", "1")
-    assert result.returncode == 0, result.stderr
-    return config.parent / "runs" / "pretended"
+def pretended_run(shared: Path) -> Path:
+    """The directory of a local run of one iteration with fake stages, executed by the first test that needs it. Tests
+    must not change it."""
+    folder, finished = shared.parent / "pretended", shared / "pretended.finished"
+    with file_lock(shared / "pretended.lock"):
+        if not finished.exists():
+            folder.mkdir()
+            config = write_pretended(folder, executor={"kind": "inline"})
+            result = pipeline("run", str(config), "--iters", "1")
+            assert result.returncode == 0, result.stderr
+            finished.touch()
+    return folder / "runs" / "pretended"
 
 
 @pytest.fixture(scope="session")
@@ -122,13 +131,24 @@ def pretended(pretended_run: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The toy task's model, created by its stage."""
-    output = tmp_path_factory.mktemp("world") / "world"
+def world(shared: Path, root: Path) -> Path:
+    """The toy task's model, created by its stage for the first test that needs it. Tests must not change it."""
+    output = shared.parent / "world"
     sizes = ("demonstrations=1", "train=1", "preference=1", "heldout=1")
     command = [str(interpreter("training", "cpu")), "-m", "embedded", "world", *sizes, f"output={output}"]
-    subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=root)
+    with file_lock(shared / "world.lock"):
+        if not output.exists():
+            subprocess.run(command, check=True, timeout=300, capture_output=True, cwd=root)
     return output / "model"
+
+
+@pytest.fixture
+def warm_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process and its forks ask environments in forks (warm_asking.py)."""
+    interpreters()
+    socket_of_asked()
+    for module in (pipelines.planning.inspection, pipelines.doctor.checks):
+        monkeypatch.setattr(module, "ask", ask_warm)
 
 
 @pytest.fixture(scope="session")

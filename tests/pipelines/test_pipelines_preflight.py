@@ -19,6 +19,8 @@ from pipelines.planning.inspection import (
     too_small_sets,
 )
 
+pytestmark = pytest.mark.usefixtures("warm_asking")
+
 SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "review the film:"}]}
 PLAIN = {"messages": [{"role": "user", "content": "review the book:"}]}
 REFUSAL = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

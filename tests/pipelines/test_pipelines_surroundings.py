@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -258,7 +259,8 @@ def test_output_that_nobody_reads(arguments: list[str], smallest: Path) -> None:
         ["bash", "-c", command, "bash", *COMMAND, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=smallest.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert result.stderr == ""
+    waits = r"checking models and data in the environments of .* \.\.\.\n"  # said where it takes longer than a moment
+    assert re.fullmatch(f"({waits})?", result.stderr)
     assert result.stdout.strip() in ("code 141", "code 0")
 
 

@@ -1,0 +1,1 @@
+"""What runs in the forks of warm_asking.py."""
