@@ -75,17 +75,22 @@ def start_stage(
     *arguments: Any,
     environment: dict[str, str] | None = None,
     libraries: Iterable[str] = ("torch", "transformers"),
+    module: str = "",
+    log: IO[bytes] | None = None,
 ) -> WarmStage:
     """Start `python -m PACKAGE ARGUMENTS`.
 
     Args:
+        module: what to run instead of the package.
+        log: receives stdout and stderr, instead of `communicate`.
         environment: variables on top of this process's.
         libraries: what the process that it is forked from imports, besides what every stage of the package needs.
     """
     path = warm_socket(package, *libraries)
     variables = {**os.environ, WARM_SOCKET: str(path), **(environment or {})}
-    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-    command = [sys.executable, "-m", package, *map(str, arguments)]
+    output = log or tempfile.TemporaryFile()  # noqa: SIM115
+    errors = log or tempfile.TemporaryFile()  # noqa: SIM115
+    command = [sys.executable, "-m", module or package, *map(str, arguments)]
     place = (variables, str(ROOT), source_version(package), output, IMPORT_SECONDS)
     process = fork(path, command, *place, errors=errors)
     assert process is not None, f"no stage of {package} can be forked: {path}"

@@ -1,19 +1,19 @@
 """Tiny inputs of the training stages: a word-level tokenizer, random Llamas, pairs with reference log-probabilities."""
 
-import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-from warm_stages import run_stage_warm
+from ranks import interrupted_after as interrupted_after
+from warm_stages import WarmStage, run_stage_warm, start_stage
 
 from contracts.artifacts import Artifact
 from contracts.config import validate
@@ -57,40 +57,33 @@ def run_here(stage: str, **settings: Any) -> Artifact:
     return run_stage(command, validate(command.config, settings, "test"))
 
 
-@contextlib.contextmanager
-def interrupted_after(after: int | None) -> Iterator[None]:
-    """Interrupt the training in the context after `after` steps; never if that is None."""
-    import training.loop
-
-    def rate(step: int, total: int, **options: Any) -> float:
-        if step == after:
-            raise InterruptedError
-        return learning_rate(step, total, **options)
-
-    learning_rate = training.loop.learning_rate
-    with mock.patch.object(training.loop, "learning_rate", rate):
-        if after is None:
-            yield
-        else:
-            with pytest.raises(InterruptedError):
-                yield
-
-
 DEADLINE = 240.0
 
 
 class RunningTraining:
-    """A training in separate processes, all of which have ended when the test is over."""
+    """A training in other processes, all of which have ended when the test is over."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], **variables: str) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, fresh: bool, **variables: str) -> None:
+        """Start it.
+
+        Args:
+            fresh: start a new process, which imports the libraries; otherwise it is forked.
+        """
         self.output = Path(settings["output"])
         self.attempt = folder
         folder.mkdir()
         (folder / "stage.json").write_text(json.dumps(settings, default=str))
-        command = [sys.executable, "-m", "training", "policy", "--config", str(folder / "stage.json")]
-        environment = {**os.environ, "RATCHET_ATTEMPT": str(folder), **variables}
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        arguments = ["policy", "--config", str(folder / "stage.json")]
+        variables["RATCHET_ATTEMPT"] = str(folder)
+        self.process: WarmStage | subprocess.Popen[bytes]
+        with (folder / "log").open("w+b") as log:
+            if fresh:
+                command = [sys.executable, "-m", "training", *arguments]
+                environment = {**os.environ, **variables}
+                self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            else:
+                libraries = ["deepspeed"]
+                self.process = start_stage("training", *arguments, environment=variables, libraries=libraries, log=log)
 
     @property
     def steps(self) -> int:
@@ -103,7 +96,7 @@ class RunningTraining:
         while not condition():
             assert self.process.poll() is None, (self.attempt / "log").read_text()
             assert time.monotonic() < deadline
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def end(self) -> int:
         """Wait for its end, check that it leaves no process behind, and return its exit code."""
@@ -111,16 +104,17 @@ class RunningTraining:
         deadline = time.monotonic() + 200
         while left := self.processes():
             assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+            time.sleep(0.05)
         return code
 
     def processes(self, name: str = "") -> list[int]:
-        """Its running processes, or the one of this name."""
-        attempt = f"RATCHET_ATTEMPT={self.attempt}".encode()
+        """Its running processes, or the one of this name: those that write to its log or have its variables."""
+        log, attempt = str(self.attempt / "log"), f"RATCHET_ATTEMPT={self.attempt}".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                ours = attempt in (folder / "environ").read_bytes().split(b"\0")
+                outputs = [os.readlink(folder / "fd" / number) for number in "12"]
+                ours = log in outputs or attempt in (folder / "environ").read_bytes().split(b"\0")
                 if ours and name in ("", (folder / "comm").read_text().strip()):
                     found.append(int(folder.name))
             except OSError:  # it has just ended
@@ -135,15 +129,16 @@ class RunningTraining:
 def start(tmp_path: Path) -> Iterator[Callable[..., RunningTraining]]:
     started: list[RunningTraining] = []
 
-    def begin(settings: dict[str, Any], variables: dict[str, str] | None = None, **changes: Any) -> RunningTraining:
-        started.append(
-            RunningTraining(tmp_path / f"attempt-{len(started)}", {**settings, **changes}, **(variables or {}))
-        )
+    def begin(
+        settings: dict[str, Any], variables: dict[str, str] | None = None, fresh: bool = False, **changes: Any
+    ) -> RunningTraining:
+        folder = tmp_path / f"attempt-{len(started)}"
+        started.append(RunningTraining(folder, {**settings, **changes}, fresh=fresh, **(variables or {})))
         return started[-1]
 
     yield begin
     for training_process in started:
-        training_process.process.kill()
+        training_process.process.send_signal(signal.SIGKILL)
         training_process.end()
 
 

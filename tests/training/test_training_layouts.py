@@ -1,15 +1,11 @@
 """One process = any layout of several: losses, gradient norms and weights of five steps of SGD, and a resumption."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
-    ROOT,
     assert_same_training,
     dpo_settings,
     five_steps,
@@ -19,10 +15,11 @@ from conftest import (
     run_here,
     training_log,
 )
+from warm_stages import start_stage
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from training.launch import rank_variables
+from training.launch import MEETING, rank_variables
 from training.parallel import ParallelConfig, check_layout
 
 SMALL = {"micro_batch_tokens": 48}
@@ -109,14 +106,18 @@ def changes_of(layout: str) -> dict[str, Any]:
 def run_ranks(folder: Path, processes: int, trainings: list[dict[str, Any]]) -> None:
     """Run trainings one after another in as many processes."""
     (folder / "trainings.json").write_text(json.dumps(trainings, default=str))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    script = [str(Path(__file__).with_name("ranks.py")), str(folder / "trainings.json")]
-    environment = {**os.environ, "PYTHONPATH": ":".join([str(ROOT), *sys.path])}  # where pytest is
-    result = subprocess.run(
-        [sys.executable, *torchrun, *script],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    common = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
+    ranks = [
+        start_stage(
+            "training", folder / "trainings.json",
+            module="tests.training.ranks", libraries=["deepspeed"],
+            environment=common | rank_variables(ParallelConfig(dp=processes), 0, rank),
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    for rank in ranks:
+        texts = rank.communicate(240)
+        assert rank.returncode == 0, texts
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ from training.parallel import ParallelConfig
 pytestmark = pytest.mark.slow
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "ddp": {"dp": 4, "nodes": 2},
     "zero3": {"dp": 4, "nodes": 2, "zero": 3},
     "fsdp2-tp": {"dp": 2, "tp": 2, "nodes": 2, "zero": "fsdp2"},
 }
@@ -68,6 +67,11 @@ def end_all(nodes: list[RunningTraining], code: int, seconds: float = 120.0) -> 
 
 def logs(nodes: list[RunningTraining]) -> str:
     return "\n".join((node.attempt / "log").read_text() for node in nodes)
+
+
+def parent(pid: int) -> int:
+    """The process that a process was forked from."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def kinds(node: RunningTraining) -> set[str]:
@@ -115,7 +119,7 @@ def test_a_stop_of_one_node_or_of_every_process_stops_all_and_the_same_command_g
         nodes[0].wait_for(lambda node=nodes[0], before=steps: node.steps > before)
         steps = nodes[0].steps
         if everything:  # as a scheduler does
-            for pid in [pid for node in nodes for pid in node.processes()]:
+            for pid in [pid for node in nodes for pid in (*node.processes(), parent(node.process.pid))]:
                 os.kill(pid, number)
         else:
             nodes[1].process.send_signal(number)
@@ -140,9 +144,9 @@ def test_a_killed_process_or_node_ends_all_nodes(
     assert {"transient"} <= kinds(nodes[1])
     assert re.search(r"node 1 .* ended with exit code .*137", (nodes[0].attempt / "log").read_text())
 
-    nodes = start_nodes(start, settings)
+    nodes = start_nodes(start, settings, fresh=True)  # the process that it forks ranks from ends with it
     nodes[0].wait_for(lambda: nodes[0].steps)
-    nodes[0].process.kill()
+    nodes[0].process.send_signal(signal.SIGKILL)
     assert nodes[0].end() == -signal.SIGKILL
     end_all(nodes[1:], 1, 40)
     assert any("node 0" in failure["text"] and "is lost" in failure["text"] for failure in nodes[1].failures())

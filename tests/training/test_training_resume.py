@@ -59,7 +59,8 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         micro_batch_tokens=96, parallel=LAYOUTS[layout],
     )  # fmt: skip
 
-    whole = start(settings, output=tmp_path / "whole")
+    fresh = layout == "ddp"  # whose launcher then starts the process that it forks ranks from
+    whole = start(settings, output=tmp_path / "whole", fresh=fresh)
     steps = 1
 
     killed = start(settings, checkpoint_seconds=0)
@@ -77,7 +78,7 @@ def test_after_kills_and_requests_to_stop_it_ends_with_the_same_bytes(
         shutil.copytree(saved_state(settings["output"]).parents[1], tmp_path / "moved")
 
     if number := {"one": signal.SIGUSR1, "ddp": signal.SIGTERM}.get(layout):
-        stopped = start(settings, checkpoint_seconds=1000)
+        stopped = start(settings, checkpoint_seconds=1000, fresh=fresh)
         stopped.wait_for(lambda: stopped.steps)
         steps = stopped.steps
         stopped.process.send_signal(number)
