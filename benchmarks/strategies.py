@@ -12,11 +12,12 @@ publish, as in a system whose processes keep running and whose weights move in m
 """
 
 import argparse
+import functools
 import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from shapes import write_model, write_prompts  # noqa: E402
 from contracts.errors import UserError  # noqa: E402
 from pipelines.config.cluster import MachinesSection  # noqa: E402
 from pipelines.config.load import load_run_config  # noqa: E402
+from pipelines.graph import Node  # noqa: E402
 from pipelines.iteration import build_graph  # noqa: E402
-from pipelines.planning.cluster import cluster_of_machines  # noqa: E402
+from pipelines.planning.cluster import Cluster, cluster_of_machines  # noqa: E402
 from pipelines.planning.placement import place  # noqa: E402
+from pipelines.planning.prediction import Prediction  # noqa: E402
 from pipelines.planning.profiles.datasheets import data_sheet  # noqa: E402
 from pipelines.planning.profiles.predict import ProfilePredictor  # noqa: E402
 from pipelines.planning.scheduling import start_order, streams  # noqa: E402
-from pipelines.planning.simulation import ScheduleConditions, Simulation, predict_all, simulate  # noqa: E402
+from pipelines.planning.simulation import ScheduleConditions, Simulation, simulate  # noqa: E402
 
 STRATEGIES = ("flattening", "interleaving", "separation", "async")
 COLOURS = {"flattening": "#555555", "interleaving": "#4878a8", "separation": "#6aa56a", "async": "#c8743c"}
@@ -61,7 +64,7 @@ class Setting:
     tensor_parallel: int = 1
     minibatches: int = 1
     """Optimizer steps per iteration."""
-    layouts: tuple[dict[str, Any], ...] = LAYOUTS
+    layouts: tuple[dict[str, Any], ...] = field(default=LAYOUTS, hash=False)
     """The layouts of its trainings, of which each strategy uses the best."""
 
 
@@ -98,36 +101,62 @@ def config_of(folder: Path, setting: Setting, strategy: str, share: float, layou
     return path
 
 
-def run(
-    folder: Path, setting: Setting, strategy: str, share: float, layout: dict[str, Any], *, bare: bool
-) -> Simulation:
-    """Simulate a setting, without the evaluation of policies, which the published comparisons do not have either.
+@dataclass(frozen=True)
+class Planned:
+    """The placed stages of a run, without the evaluation of policies, which the published comparisons do not have
+    either."""
+
+    order: list[Node]
+    cluster: Cluster
+    predictions: dict[str, Prediction]
+    conditions: ScheduleConditions
+
+
+@functools.cache
+def planned(setting: Setting, strategy: str, share: float, number: int) -> Planned:
+    """Plan a run with the layout of this number; `bare` makes no difference to it.
 
     Raises:
-        UserError: the run cannot be placed like this, a stage cannot be predicted, or it does not fit into memory.
+        UserError: the run cannot be placed like this, or a stage cannot be predicted.
     """
-    config = load_run_config(config_of(folder, setting, strategy, share, layout), [])
-    machines = MachinesSection(machines=max(1, setting.gpus // 8), gpus=min(8, setting.gpus), gpu=setting.gpu)
-    cluster = cluster_of_machines(config, machines)
-    graph = place(build_graph(config, ITERATIONS), cluster)
-    predictions = predict_all(graph, ProfilePredictor([], setting.gpu, warm=False))
-    order = [node for node in start_order(graph, config) if "heldout" not in node.name and node.role != "evaluation"]
-    known = {node.name: predictions[node.name] for node in order if node.name in predictions}
+    with tempfile.TemporaryDirectory() as folder:
+        written = config_of(Path(folder), setting, strategy, share, setting.layouts[number])
+        config = load_run_config(written, [])
+        machines = MachinesSection(machines=max(1, setting.gpus // 8), gpus=min(8, setting.gpus), gpu=setting.gpu)
+        cluster = cluster_of_machines(config, machines)
+        graph = place(build_graph(config, ITERATIONS), cluster)
+        order = [
+            node for node in start_order(graph, config) if "heldout" not in node.name and node.role != "evaluation"
+        ]
+        predictor = ProfilePredictor([], setting.gpu, warm=False)
+        found = {node.name: predictor.predict(node, graph) for node in order}
+        known = {name: one for name, one in found.items() if one is not None}
+        return Planned(order, cluster, known, ScheduleConditions(streams(graph, config)))
+
+
+def run(setting: Setting, strategy: str, share: float, number: int, *, bare: bool) -> Simulation:
+    """Simulate a setting.
+
+    Raises:
+        UserError: the run cannot be planned like this, or it does not fit into memory.
+    """
+    plan = planned(setting, strategy, share, number)
+    known = plan.predictions
     if bare:
         known = {name: replace(one, start=0.0, load=0.0, handoff=0.0) for name, one in known.items()}
-    found = simulate(order, cluster, known, ScheduleConditions(streams(graph, config)))
+    found = simulate(plan.order, plan.cluster, known, plan.conditions)
     if (too_large := found.exceeding(data_sheet(setting.gpu).memory)) is not None:
         raise UserError(f"{too_large[0]} takes {too_large[1]} bytes of a device, which has less.")
     return found
 
 
-def best(folder: Path, setting: Setting, strategy: str, *, bare: bool) -> float | str:
+def best(setting: Setting, strategy: str, *, bare: bool) -> float | str:
     """The seconds of an iteration with a strategy's best division and layout, or the reason why none is possible."""
     shares = (0.25, 0.5, 0.75) if strategy in ("separation", "async") else (1.0,)
     found, why = [], ""
-    for share, layout in itertools.product(shares, setting.layouts):
+    for share, number in itertools.product(shares, range(len(setting.layouts))):
         try:
-            simulation = run(folder, setting, strategy, share, layout, bare=bare)
+            simulation = run(setting, strategy, share, number, bare=bare)
             found.append(sum(simulation.iterations[2:]) / (ITERATIONS - 2))
         except UserError as error:
             why = str(error)
@@ -136,8 +165,7 @@ def best(folder: Path, setting: Setting, strategy: str, *, bare: bool) -> float 
 
 def compare(setting: Setting, *, bare: bool, strategies: tuple[str, ...] = STRATEGIES) -> tuple[dict[str, float], str]:
     """The seconds of an iteration by strategy, and the reason why the last impossible one is left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: best(Path(folder), setting, name, bare=bare) for name in strategies}
+    found = {name: best(setting, name, bare=bare) for name in strategies}
     why = [one for one in found.values() if isinstance(one, str)]
     return {name: one for name, one in found.items() if not isinstance(one, str)}, why[-1] if why else ""
 
