@@ -621,17 +621,10 @@ def test_a_run_pushes_every_iteration(hub: HubDouble, config: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (Fault(times=10000, after=8, status=401), "The Hub refuses the token"),
-        (Fault(times=10000, cut_answer=0), "the Hub could not be reached"),
-    ],
-    ids=["token revoked", "cut"],
-)
-def test_no_failure_ends_a_run(fault: Fault, said: str, hub: HubDouble, config: Path) -> None:
+def test_a_revoked_token_does_not_end_a_run(hub: HubDouble, config: Path) -> None:
     """The run goes on and ends well; what was not pushed is told once, and pushed later."""
-    hub.faults.append(Fault(**vars(fault)))
+    said = "The Hub refuses the token"
+    hub.faults.append(Fault(times=10000, after=8, status=401))
     result = pipeline("run", str(config), "--iters", "1", "hub.patience_seconds=1")
     assert result.returncode == 0, result.stderr
     run = pretended(config)
@@ -706,13 +699,15 @@ def pushers(run: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_weights_wait_for_the_hub(hub: HubDouble, config: Path) -> None:
-    """Retention deletes no weights that are not on the Hub yet."""
-    hub.faults.append(Fault(times=10000, status=503))
+    """An outage does not end a run either, and retention deletes no weights that are not on the Hub yet."""
+    said = "the Hub could not be reached"
+    hub.faults.append(Fault(times=10000, cut_answer=0))
     keep = ["retention.keep=last 1", "hub.patience_seconds=0"]
     result = pipeline("run", str(config), "--iters", "2", *keep)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("the Hub answers 503") == 1, "told more than once"
+    assert result.stdout.count(said) == 1, "told more than once"
     run = pretended(config)
+    assert said in pipeline("status", str(run)).stdout
     weights = [run / f"iteration-{number:03d}/training/model.safetensors" for number in (1, 2)]
     assert all(path.exists() for path in weights)
     dry = pipeline("gc", str(run), "--dry-run")
