@@ -1,7 +1,8 @@
 """A fake Slurm cluster in one process, for tests: sbatch, squeue, sacct, scontrol, scancel, sinfo and srun.
 
-    python fake_slurm.py serve DIRECTORY      serves until its standard input ends, and then kills all jobs
-    DIRECTORY/bin/squeue ...                  works like the real program, as far as Ratchet uses it
+    python fake_slurm.py serve DIRECTORY [COMMAND ...]   serves until its standard input ends, and then kills all jobs;
+                                                         COMMAND precedes the commands of jobs' steps in Python
+    DIRECTORY/bin/squeue ...                             works like the real program, as far as Ratchet uses it
 
 Jobs are processes on this machine, and nodes are only names. Output, exit codes and states are those of Slurm 22.05 on
 the development cluster. Users, accounts, memory, GPUs, job steps and most options are not implemented. Some things are
@@ -565,8 +566,15 @@ def moment(when: float | None) -> str:
     return "Unknown" if when is None else datetime.fromtimestamp(when).isoformat(timespec="seconds")
 
 
-def run_step(arguments: list[str]) -> int:
-    """Run srun: one task per node of the job, all of which are killed if one fails."""
+def run_step(arguments: list[str], warm: list[str]) -> None:
+    """Run srun: one task per node of the job, all of which are killed if one fails.
+
+    Every job starts it, so it imports next to nothing.
+
+    Args:
+        arguments: those of srun.
+        warm: the beginning of the tasks' command.
+    """
     output = "/dev/stdout"
     while arguments[0].startswith("-"):
         word = arguments.pop(0)
@@ -575,33 +583,48 @@ def run_step(arguments: list[str]) -> int:
     base = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
     output = output.replace("%A", base).replace("%j", os.environ["SLURM_JOB_ID"])
     output = output.replace("%a", os.environ.get("SLURM_ARRAY_TASK_ID", str(2**32 - 2)))
-    tasks = []
+    tasks = set()
     for number in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
         place = {"SLURM_PROCID": str(number), "SLURM_NODEID": str(number), "SLURM_LOCALID": "0"}
-        with open(output.replace("%t", str(number)), "ab") as log:
-            tasks.append(subprocess.Popen(arguments, env={**os.environ, **place}, stdout=log, stderr=log))
-    codes: list[int] = []
-    while len(codes) < len(tasks):
-        time.sleep(0.1)
-        codes = [task.returncode for task in tasks if task.poll() is not None]
-        if any(codes):
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(output.replace("%t", str(number)), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            command = [*(warm if "-m" in arguments else []), *arguments]
+            os.execvpe(command[0], command, {**os.environ, **place})
+        tasks.add(pid)
+    worst = 0
+    while tasks:
+        pid, status = os.wait()
+        tasks.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        worst = max(worst, code if code >= 0 else 128 - code)
+        if code:
             for task in tasks:
-                if task.poll() is None:
-                    task.kill()
-    return max(code if code >= 0 else 128 - code for code in codes)
+                os.kill(task, 9)
+    os._exit(worst)
 
 
-def serve(folder: Path) -> None:
-    """Run the cluster until standard input ends."""
+STEP = f"import os, sys\n\n{inspect.getsource(run_step)}\n"
+
+
+def serve(folder: Path, warm: list[str]) -> None:
+    """Run the cluster until standard input ends.
+
+    Args:
+        warm: the beginning of a command that runs a Python module faster; it may be empty.
+    """
     (folder / "bin").mkdir(parents=True)
     (folder / "scripts").mkdir()
     (folder / "client.py").write_text(CLIENT)
-    python = shlex.quote(sys.executable)
+    (folder / "step.py").write_text(f"{STEP}run_step(sys.argv[1:], {warm!r})\n")
     for name in (*PROGRAMS, "control"):
-        run = f"{python} -S {shlex.quote(__file__)} srun" if name == "srun" else (
-            f'{python} -IS {shlex.quote(str(folder / "client.py"))} {shlex.quote(str(folder))} {name}'
-        )  # fmt: skip
-        (folder / "bin" / name).write_text(f'#!/bin/sh\n# A fake: tests/pipelines/fake_slurm.py.\nexec {run} "$@"\n')
+        run = [str(folder / "step.py")] if name == "srun" else [str(folder / "client.py"), str(folder), name]
+        command = shlex.join([sys.executable, "-IS", *run])
+        (folder / "bin" / name).write_text(
+            f'#!/bin/sh\n# A fake: tests/pipelines/fake_slurm.py.\nexec {command} "$@"\n'
+        )
         (folder / "bin" / name).chmod(0o755)
     controller = Controller(folder)
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
@@ -612,7 +635,7 @@ def serve(folder: Path) -> None:
         selector.register(sys.stdin, selectors.EVENT_READ)
         print("ready", flush=True)
         while True:
-            for key, _ in selector.select(TICK):
+            for key, _ in selector.select(TICK if any(job.live for job in controller.jobs) else None):
                 if key.fileobj is sys.stdin:
                     for job in controller.jobs:
                         controller.signal(job, "KILL")
@@ -626,6 +649,4 @@ def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "srun":
-        sys.exit(run_step(sys.argv[2:]))
-    serve(Path(sys.argv[2]))
+    serve(Path(sys.argv[2]), sys.argv[3:])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fake_slurm
+from warm_jobs import warm_command
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev-slurm.sh"
 FIRST_NODE_PORT = 11
@@ -116,7 +117,7 @@ class FakeCluster(Slurm):
         """Start the cluster in a directory that does not exist yet."""
         self.folder = folder
         self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
-        command = [sys.executable, fake_slurm.__file__, "serve", str(folder)]
+        command = [sys.executable, fake_slurm.__file__, "serve", str(folder), *warm_command([])]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self.server.stdout is not None
         assert self.server.stdout.readline() == b"ready\n"

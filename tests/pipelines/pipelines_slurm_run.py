@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pipelines_cluster import Slurm, wait_for
-from pipelines_smallest import COMMAND, pipeline, write_pretended, write_smallest
+from pipelines_smallest import COMMAND, pipeline, write_pretended
 from pretend import VERSIONS
 
 from contracts.artifacts import Artifact
 from contracts.manifest import MANIFEST
 
 FEW = {"generation": {"tasks": 2}, "scoring": {"tasks": 2}}
-"""Two tasks per array, because every task loads a model and all of them share this machine."""
+"""Two tasks per array, because all of them share this machine."""
 
 
 class SlurmRun:
-    """A run on a cluster, with the smallest real config or with fake stages."""
+    """A run on a cluster."""
 
     def __init__(self, config: Path, cluster: Slurm) -> None:
         """Observe the run of a config file, which sets the executor."""
@@ -32,14 +31,6 @@ class SlurmRun:
         self.path = config.parent / "runs" / config.stem
         self.environment = {**os.environ, **cluster.environment}
         self.detached = False
-
-    @classmethod
-    def smallest(cls, folder: Path, cluster: Slurm, *, stages: dict[str, Any] | None = None) -> "SlurmRun":
-        """A run with real stages and models."""
-        config = write_smallest(folder)
-        executor = {"kind": "slurm", "backoff_seconds": 1, "stages": {**FEW, **(stages or {})}}
-        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "executor": executor}))
-        return cls(config, cluster)
 
     @classmethod
     def pretended(
@@ -159,11 +150,12 @@ class SlurmRun:
 
     @contextlib.contextmanager
     def frozen(self, stage: str) -> Iterator[list[int]]:
-        """Stop a training's processes in the context, after they have saved a step. Yields their ids."""
+        """Stop a training's processes in the context, after they have saved another step. Yields their ids."""
+        before = self.saved(stage)
         self.wait_for(lambda: self.processes(stage), 400, f"{stage} runs")
         pids = self.processes(stage)
         deadline = time.monotonic() + 200
-        while not self.saved(stage):  # let it run only for a moment at a time, because it is fast
+        while self.saved(stage) == before:  # let it run only for a moment at a time, because it is fast
             assert time.monotonic() < deadline, f"{stage} has saved nothing"
             signal_all(pids, signal.SIGCONT)
             time.sleep(0.03)
@@ -173,10 +165,11 @@ class SlurmRun:
         finally:
             signal_all(pids, signal.SIGCONT)
 
-    def saved(self, stage: str) -> bool:
-        """Whether an unfinished training has saved a state to resume from."""
+    def saved(self, stage: str) -> set[tuple[Path, int]]:
+        """The states to resume from that an unfinished training has saved, with their times."""
         output = self.path / stage
-        return any(output.parent.glob(f".{output.name}.partial-*/state/*.safetensors"))
+        states = output.parent.glob(f".{output.name}.partial-*/state/*.safetensors")
+        return {(path, path.stat().st_mtime_ns) for path in states}
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The recorded events of a kind."""

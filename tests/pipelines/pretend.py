@@ -16,6 +16,7 @@ With "after N" ("kill after 1") it acts after N shards.
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+from warm_jobs import warm_command
 
 from annotation.gating.config import GateConfig
 from annotation.gating.stage import decision_of
@@ -63,10 +65,11 @@ def write_interpreter(folder: Path, **acts: list[str]) -> Path:
     (folder / VERSIONS).write_text(json.dumps(installed_versions()))
     set_seconds(folder, {})
     path = folder / "python"
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
     path.write_text(
         f'#!/bin/sh\ncase "$1 $2" in\n  "-c "*installed_versions*) exec cat "{folder / VERSIONS}" ;;\n'
         f'  -c*|*.*) exec "{sys.executable}" "$@" ;;\nesac\nshift\n'
-        f'exec "{sys.executable}" "{Path(__file__).resolve()}" "{folder}" "$@"\n'
+        f'exec {shlex.join(warm_command(command))} "$@"\n'
     )
     path.chmod(0o755)
     return path
@@ -201,7 +204,8 @@ def perform(what: str, release: Path) -> None:
         time.sleep(0.02)
 
 
-if __name__ == "__main__":
+def run_stage() -> None:
+    """Run the command of sys.argv: FOLDER PACKAGE ..."""
     _, _, package, *rest = sys.argv
     if "MASTER_ADDR" in os.environ:
         print("as node {NODE_RANK} of {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), flush=True)
@@ -216,3 +220,7 @@ if __name__ == "__main__":
         package,
         rest,
     )
+
+
+if __name__ == "__main__":
+    run_stage()
