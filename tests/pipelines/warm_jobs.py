@@ -7,12 +7,14 @@ client executes the command itself.
 """
 
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
 import inspect
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
@@ -114,8 +116,8 @@ class Request:
         variables = dict(item.split("=", 1) for item in words[int(count) :])
         return cls(directory, words[: int(count)], variables, outputs)
 
-    def become(self) -> None:
-        """Give this process what a new one would have."""
+    def become(self, client: socket.socket) -> None:
+        """Give this process what a new one would have. From now on, it is killed when the client ends."""
         null = os.open(os.devnull, os.O_RDONLY)
         for target, source in enumerate((null, *self.outputs)):
             os.dup2(source, target)
@@ -124,6 +126,13 @@ class Request:
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
+        client.sendall(b"%d\n" % os.getpid())
+        end = client.detach()  # stays open; the kernel sends the signal before anyone can learn of the client's end
+        fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+        if select.select([end], [], [], 0)[0]:  # it has ended already
+            os._exit(1)
 
     def run(self) -> None:
         """Run the command's program in this process."""
@@ -161,9 +170,8 @@ def serve(path: str) -> Request:
             for key, _ in selector.select():
                 if key.fileobj is sys.stdin:
                     os._exit(0)
-                if key.fileobj is not listener:
-                    if key.data in forks:
-                        look_after(key.data, forks, selector, gone=key.fileobj is key.data.client)
+                if key.data is not None:
+                    end_fork(key.data, forks, selector)
                     continue
                 client, _ = listener.accept()
                 request = Request.read(client)
@@ -177,31 +185,21 @@ def serve(path: str) -> Request:
                     for other in forks:
                         os.close(other.end)
                         other.client.close()
-                    request.become()
-                    client.sendall(b"%d\n" % os.getpid())
-                    client.close()
+                    request.become(client)
                     return request
                 for number in request.outputs:
                     os.close(number)
                 fork = Fork(pid, os.pidfd_open(pid), client)
                 forks.add(fork)
-                for end in (fork.end, client):
-                    selector.register(end, selectors.EVENT_READ, fork)
+                selector.register(fork.end, selectors.EVENT_READ, fork)
 
 
-def look_after(fork: Fork, forks: set[Fork], selector: selectors.BaseSelector, *, gone: bool) -> None:
-    """Kill a fork whose client is gone, or else tell the client how it has ended."""
-    if gone:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(fork.pid, signal.SIGKILL)
-        selector.unregister(fork.client)
-        return
+def end_fork(fork: Fork, forks: set[Fork], selector: selectors.BaseSelector) -> None:
+    """Tell the client of a fork how it has ended."""
     code = os.waitstatus_to_exitcode(os.waitpid(fork.pid, 0)[1])
     with contextlib.suppress(OSError):
         fork.client.sendall(b"%d\n" % code)
     selector.unregister(fork.end)
-    with contextlib.suppress(KeyError):
-        selector.unregister(fork.client)
     os.close(fork.end)
     fork.client.close()
     forks.remove(fork)
