@@ -1,12 +1,14 @@
-"""Loads a model like a training, by slices and as a whole, and writes a comparison to rank-R.json; one of two ranks.
+"""Starts two ranks that load a model like a training, by slices and as a whole, and write a comparison to rank-R.json.
 
-torchrun --nproc_per_node 2 slices_ranks.py FOLDER MODEL PARALLEL...
+python slices_ranks.py FOLDER MODEL PARALLEL...
 """
 
 import json
 import math
+import multiprocessing
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from modeling.loading import load_causal
 from modeling.modules import TokenLogprobs
 from training.engines.native import NativeEngine
 from training.engines.sharding import local_tensor
-from training.launch import exit_without_teardown
+from training.launch import MEETING, exit_without_teardown, join_ranks, rank_variables
 from training.parallel import ParallelConfig
 from training.slices import WeightSlices
 
@@ -36,8 +38,7 @@ def prepared(model: Path, parallel: dict[str, Any], *, by_slices: bool) -> tuple
     return engine, {"grown": status("VmHWM") - before, "share": share, "model": whole}
 
 
-def main() -> None:
-    folder, model, layouts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+def compare(folder: Path, model: Path, layouts: list[str]) -> None:
     found = {}
     for text in layouts:
         sliced, memory = prepared(model, json.loads(text), by_slices=True)
@@ -51,7 +52,25 @@ def main() -> None:
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
+def work(rank: int, folder: Path, model: Path, layouts: list[str]) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
+    os.environ.update(rank_variables(ParallelConfig(dp=2), 0, rank) | meeting)
     with exit_without_teardown():
-        main()
+        try:
+            join_ranks()
+            compare(folder, model, layouts)
+        except BaseException:
+            traceback.print_exc()
+            raise
         sys.exit(0)
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    arguments = (Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    ranks = [context.Process(target=work, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))

@@ -145,12 +145,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes says of every layout."""
     folder = tmp_path_factory.mktemp("slices")
     model = make_model(folder / "model", **WIDE)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     script = [str(Path(__file__).with_name("slices_ranks.py")), str(folder), str(model), *map(json.dumps, DIVIDED)]
     # What is freed is given back at once, so that what a load leaves does not hide what the next one takes.
     environment = {**os.environ, "PYTHONPATH": ":".join([str(ROOT), *sys.path]), "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
-        [sys.executable, *torchrun, *script], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *script], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_bytes()) for rank in range(2)]
