@@ -13,3 +13,6 @@ def preload() -> None:
     import transformers.models.llama.tokenization_llama  # noqa: F401
     from jinja2 import ext, sandbox  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # compiles the patterns of all architectures, which it keeps
