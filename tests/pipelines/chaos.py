@@ -241,10 +241,10 @@ class Setup:
 
 
 def freeze(folder: Path) -> Path:
-    """Copy the code, so that edits have no effect."""
+    """Copy the code with what it was compiled to, so that edits have no effect and no process compiles it again."""
     code = folder / "code"
     for name in (*OWN_PACKAGES, "configs"):
-        shutil.copytree(source_root() / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source_root() / name, code / name)
     shutil.copy(source_root() / "pyproject.toml", code)
     shutil.copy(Path(__file__).parent / "chaos_site" / "sitecustomize.py", code)  # stages get no other folder at start
     return code
