@@ -1,27 +1,22 @@
 """Runs the generation stage by its real command line, and publishes prompts for it."""
 
-import functools
+import gzip
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from warm_stages import WarmStage, start_stage
+
 from contracts.artifacts import Artifact
-from contracts.forks import ForkedProcess, fork
 from contracts.ledger import Ledger
 from contracts.prompts import prompt_id
 from contracts.publication import Publication
 from contracts.records import PROMPTS, ROLLOUTS, Message, Prompt, Rollout
-from contracts.versions import source_version
-from pipelines.execution.warm import WarmProcesses
 
-WARM = WarmProcesses(Path(tempfile.mkdtemp(prefix="generation-tests-")))
-"""The processes that this test process forks stages from."""
+LIBRARIES = ("vllm",)
+"""What the process imports that stages are forked from."""
 
 
 def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = None, stage: str = "prompts") -> Path:
@@ -39,56 +34,25 @@ def publish_prompts(path: Path, texts: Sequence[str], *, system: str | None = No
     return path
 
 
-def command(output: Path, config: dict[str, Any]) -> list[str]:
-    """The command `python -m generation` with these keys."""
-    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
-    return [sys.executable, "-m", "generation", *overrides]
+def overrides(output: Path, config: dict[str, Any]) -> list[str]:
+    """The stage's arguments for these keys."""
+    return [f"{name}={json.dumps(value, default=str)}" for name, value in {**config, "output": output}.items()]
 
 
-def start(output: Path, variables: dict[str, str] | None = None, /, **config: Any) -> "subprocess.Popen[str]":
-    """Start `python -m generation`, optionally with additional environment variables."""
-    return subprocess.Popen(
-        command(output, config),
-        env={**os.environ, **(variables or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(output: Path, variables: dict[str, str] | None = None, /, **config: Any) -> WarmStage:
+    """Start `python -m generation`, optionally with additional environment variables.
+
+    It is a fork of a process that has imported vLLM, and so are its replicas.
+    """
+    return start_stage("generation", *overrides(output, config), environment=variables, libraries=LIBRARIES)
 
 
 def generate(output: Path, **config: Any) -> Artifact:
-    """Run the stage through its command line and open what it published.
-
-    A stage with a single process is forked from a process that has imported vLLM, as the driver does, because importing
-    takes longer than the tested work.
-    """
-    if config.get("servers") or config.get("replicas", 1) > 1:
-        process = start(output, **config)
-        output_text = "".join(process.communicate(timeout=300))
-    else:
-        with tempfile.TemporaryFile() as log:
-            place = (os.environ, os.getcwd(), source_version("generation"), log)
-            process = fork(imported(), command(output, config), *place, 200.0)
-            assert process is not None, "no stage can be forked"
-            wait_until_ended(process, 300)
-            log.seek(0)
-            output_text = log.read().decode(errors="replace")
-    assert process.returncode == 0, output_text
+    """Run the stage through its command line and open what it published."""
+    process = start(output, **config)
+    told = "".join(process.communicate())
+    assert process.returncode == 0, told
     return Artifact.open(output, ROLLOUTS)
-
-
-@functools.cache
-def imported() -> Path:
-    """The socket of a process that has imported the stage's modules; it ends with this process."""
-    return WARM.address("generation", sys.executable, os.environ, os.getcwd(), ["vllm"])
-
-
-def wait_until_ended(process: ForkedProcess, seconds: float) -> None:
-    """Wait for the end of a forked stage."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None:
-        assert time.monotonic() < deadline, "it does not end"
-        time.sleep(0.01)
 
 
 def refuse(output: Path, **config: Any) -> str:
@@ -106,6 +70,14 @@ def refuse(output: Path, **config: Any) -> str:
 def rows(artifact: Artifact) -> list[Rollout]:
     """All rollouts of an artifact."""
     return list(artifact.rows(Rollout))
+
+
+def require_trace(folder: Path) -> None:
+    """Require a profiler's trace of the shard 1, and none of others."""
+    (trace,) = [path for path in folder.iterdir() if path.name.endswith(".json.gz")]
+    assert trace.name.startswith("shard-00001")
+    names = {event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert any("attention" in name for name in names)
 
 
 def processed_config(engine: str, policy: Path, prompts: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The same inputs give the same bytes: run again, after a kill, with replicas, behind a server."""
+"""The same inputs give the same bytes: run again, after a kill, with replicas, as tasks."""
 
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from generation_runs import generate, processed_config, processes_with_argument, raw_config, rows, start
+from generation_runs import generate, processed_config, raw_config, rows, start
 
 from contracts.artifacts import Artifact
 
@@ -46,20 +46,6 @@ def test_killed_and_run_again_publishes_the_same_bytes(
     }
 
 
-def test_a_tensor_parallel_engine_samples_the_same_on_a_cpu(
-    engine: str, processed: Artifact, policy: Path, prompts: Path, tmp_path: Path
-) -> None:
-    """Each of its processes has half of the heads."""
-    if engine != "vllm":
-        pytest.skip("transformers' engine spreads layers over GPUs")
-    split = generate(tmp_path / "out", tensor_parallel=2, **processed_config(engine, policy, prompts))
-    assert split.manifest.key != processed.manifest.key
-    for one, other in zip(rows(split), rows(processed), strict=True):
-        for mine, theirs in zip(one.completions, other.completions, strict=True):
-            assert mine.response_ids == theirs.response_ids
-            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-
-
 def test_run_again_reuses_what_is_published(raw: Artifact, engine: str, policy: Path, prompts: Path) -> None:
     created = raw.manifest.created
     assert generate(raw.path, **raw_config(engine, policy, prompts)).manifest.created == created
@@ -73,24 +59,6 @@ def test_another_seed_gives_other_answers(raw: Artifact, engine: str, policy: Pa
     pairs = list(zip(rows(raw), other, strict=True))
     assert all(one.completions[1].response_ids == two.completions[1].response_ids for one, two in pairs)
     assert sum(one.completions[0].response_ids != two.completions[0].response_ids for one, two in pairs) > 20
-
-
-def test_server_answers_as_the_engine_in_process(
-    engine: str, raw: Artifact, policy: Path, prompts: Path, tmp_path: Path
-) -> None:
-    if engine != "vllm":
-        pytest.skip("servers are vLLM's")
-    served = generate(tmp_path / "out", servers=1, **raw_config(engine, policy, prompts))
-    assert served.manifest.key == raw.manifest.key
-    same = 0
-    for one, two in zip(rows(raw), rows(served), strict=True):
-        greedy, other = one.completions[1], two.completions[1]
-        assert (greedy.response_ids, greedy.finish_reason) == (other.response_ids, other.finish_reason)
-        assert greedy.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-        assert [answer.seed for answer in one.completions] == [answer.seed for answer in two.completions]
-        same += one.completions[0].response_ids == two.completions[0].response_ids
-    assert same > 23  # of 26: a last bit can decide between two tokens
-    assert processes_with_argument(policy) == []
 
 
 def test_tasks_and_a_publisher_publish_what_one_process_does(

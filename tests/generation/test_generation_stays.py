@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from generation_runs import command, generate, imported, rows
+from generation_runs import LIBRARIES, generate, overrides, rows
+from warm_stages import warm_socket
 
 from contracts.artifacts import Artifact
 from contracts.checkpoint_probe import Probe
@@ -51,14 +53,15 @@ def policies(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return made
 
 
-def stage(folder: Path, config: dict[str, Any]) -> Artifact:
+def stage(folder: Path, config: dict[str, Any], module: str = "generation") -> Artifact:
     """A stage as the driver has it run: by a supervisor, which ends what belongs to the attempt."""
     output, attempt = folder / "out", folder / "attempt"
     attempt.mkdir(parents=True)
     label = GENERATION.label(GenerationConfig(output=output, **config))
     request = AttemptRequest(
-        command(output, config), {}, [], os.getcwd(), "", None,
-        warm=str(imported()), warm_source=source_version("generation"), warm_seconds=300.0, label=label,
+        [sys.executable, "-m", module, *overrides(output, config)], {}, [], os.getcwd(), "", None,
+        warm=str(warm_socket("generation", *LIBRARIES)), warm_source=source_version("generation"), warm_seconds=300.0,
+        label=label,
     )  # fmt: skip
     (attempt / "request.json").write_bytes(msgspec.json.encode(request))
     code = supervise(str(attempt))
@@ -73,10 +76,15 @@ def test_an_engine_stays_for_the_stages_of_two_policies(
     way: str, policies: list[Path], prompts: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
-    config = {"prompts": prompts, "k": 2, "temperatures": [0.0, 1.0], "max_new_tokens": 8, "shard_size": 7}
+    config = {"prompts": prompts, "k": 2, "temperatures": [0.0, 1.0], "max_new_tokens": 6, "shard_size": 13}
+    if way == "servers":
+        config |= {"logprob_mode": "raw"}
+    else:
+        config |= {"top_k": 40, "top_p": 0.95}
     many = {way: 1 if way == "servers" else 2}
+    module = "tests.generation.forked_workers" if way == "tensor_parallel" else "generation"
     made = [
-        stage(tmp_path / str(number), {**config, **many, "policy": policies[which], "seed": number})
+        stage(tmp_path / str(number), {**config, **many, "policy": policies[which], "seed": number}, module)
         for number, which in enumerate((0, 1, 1))
     ]
     facts = [artifact.manifest.facts for artifact in made]
@@ -88,8 +96,19 @@ def test_an_engine_stays_for_the_stages_of_two_policies(
     # Another engine of one process alone says the same.
     cold = generate(tmp_path / "cold", **config, policy=policies[1], seed=1)
     assert cold.manifest.facts["start"] == "loaded"
+    assert (made[1].manifest.key == cold.manifest.key) == (way != "tensor_parallel")
+    same = 0
     for one, other in zip(rows(made[1]), rows(cold), strict=True):
+        for mine, theirs in zip(one.completions, other.completions, strict=True):
+            assert mine.seed == theirs.seed
+            if mine.response_ids == theirs.response_ids:
+                same += 1
+                assert mine.finish_reason == theirs.finish_reason
+                assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         assert one.completions[0].response_ids == other.completions[0].response_ids
-        assert one.completions[0].logprobs == pytest.approx(other.completions[0].logprobs, abs=1e-4)
+    if way == "servers":
+        assert same > 49  # of 52: a last bit can decide between two tokens
+    else:
+        assert same == 52
     if way == "replicas":
         assert made[1].manifest.digest == cold.manifest.digest

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generation_runs import generate, refuse, rows
+from generation_runs import generate, processes_with_argument, refuse, require_trace, rows
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -158,7 +158,10 @@ def test_a_form_that_vllm_cannot_keep_answers_to_is_the_users_mistake(
 @pytest.mark.slow
 @pytest.mark.parametrize("servers", [0, 1])
 def test_thoughts_end_after_so_many_tokens(policy: Path, prompts: Path, tmp_path: Path, servers: int) -> None:
-    """The prompt's last token begins to think; the server is told the same, and of a stop string too."""
+    """The prompt's last token begins to think; the server is told the same, and of a stop string too.
+
+    The server also traces a shard, and it ends with the stage.
+    """
     pytest.importorskip("vllm", exc_type=ImportError)
     made = generate(
         tmp_path / "out",
@@ -166,6 +169,8 @@ def test_thoughts_end_after_so_many_tokens(policy: Path, prompts: Path, tmp_path
         prompts=prompts,
         servers=servers,
         count=12,
+        shard_size=4,
+        profile_shards=[1] * servers,
         thinking={"tokens": 3, "start": "<assistant>", "end": "w11 w12"},
         stop=["w12 w"],
         engine_args={"enable_prefix_caching": False},
@@ -183,6 +188,9 @@ def test_thoughts_end_after_so_many_tokens(policy: Path, prompts: Path, tmp_path
             if answer.finish_reason == "stop_string":
                 assert answer.text.endswith("w11 ")
     assert forced > 40
+    if servers:
+        require_trace(tmp_path / "out.traces")
+        assert processes_with_argument(policy) == []
 
 
 @given(

@@ -3,12 +3,12 @@
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from generation_runs import LIBRARIES
+from warm_stages import run_stage_warm
 
 from contracts import resident
 from contracts.attempt import ATTEMPT
@@ -19,91 +19,13 @@ from generation.engine import EngineSettings
 from generation.server_key import KEY, RequireKey
 from generation.vllm_engine import UpdatableEngine
 
-SCRIPT = """
-import json, shutil, sys
-from pathlib import Path
-
-import torch
-from transformers import LlamaForCausalLM
-
-from contracts.checkpoint_probe import Probe
-from contracts.records import Sampling
-from generation import vllm_engine
-from generation.config import GenerationConfig
-from generation.engine import EngineSettings, GenerationRequest, UpdateError
-
-old, folder = Path(sys.argv[1]), Path(sys.argv[2])
-
-
-def checkpoint(name, seed, tied):
-    path = shutil.copytree(old, folder / name)  # with its tokenizer, which a server reads
-    config = LlamaForCausalLM.from_pretrained(old).config
-    config.tie_word_embeddings, config.max_position_embeddings = tied, 512
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-def probe(path):
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    ids = list(range(5, 25))
-    with torch.no_grad():
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return Probe(ids[:8], ids[8:], [float(logprobs[place - 1, ids[place]]) for place in range(8, 20)], "float32")
-
-
-def opened(path):
-    config = GenerationConfig(policy=path, prompts=path, output=folder / "out", k=2, max_new_tokens=20)
-    return vllm_engine.VllmEngine(config, EngineSettings((2,), 256, "float32", False, folder / "log"))
-
-
-def answers(engine):
-    prompts = [tuple(5 + (7 * i + j) % 30 for j in range(4 + 20 * i)) for i in range(9)]  # some longer than a block
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=20)
-    requests = [GenerationRequest(prompt, 2, 10 * i, sampling) for i, prompt in enumerate(prompts)]
-    return engine.generate(requests, "shard-00000.jsonl")
-
-
-def refused(engine, path):
-    try:
-        engine.update(path)
-    except UpdateError as error:
-        return str(error)
-    return None
-
-
-found = {}
-for tied in (False, True):
-    before, after = checkpoint(f"before-{tied}", 1, tied), checkpoint(f"after-{tied}", 2, tied)
-    fresh = answers(opened(after))
-    engine = opened(before)
-    first = answers(engine)
-    vllm_engine.probe_of = probe
-    engine.update(after)
-    engine.reset()
-    found[f"differs {tied}"] = first != fresh
-    found[f"same {tied}"] = answers(engine) == fresh
-    engine.update(before)
-    found[f"back {tied}"] = answers(engine) == first
-    vllm_engine.probe_of = lambda path: probe(before)
-    found[f"wrong {tied}"] = refused(engine, after)
-    vllm_engine.probe_of = lambda path: None
-    found[f"unknown {tied}"] = refused(engine, after)
-print(json.dumps(found))
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_engine_with_new_weights_answers_as_one_that_has_loaded_them(policy: Path, tmp_path: Path) -> None:
     """Also where the output matrix is tied to the embeddings, of which vLLM keeps a packed copy on a CPU."""
     pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
-    command = [sys.executable, "-c", SCRIPT, str(policy), str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, _ = updates("in_place", policy, tmp_path)
     for tied in (False, True):
         assert found[f"differs {tied}"]
         assert found[f"same {tied}"]
@@ -112,100 +34,42 @@ def test_an_engine_with_new_weights_answers_as_one_that_has_loaded_them(policy: 
         assert "cannot be verified" in found[f"unknown {tied}"]
 
 
-WORKERS = '''
-import os, signal
-from pathlib import Path
-
-from generation.weight_update import WeightUpdate, _poison
-
-
-class Mortal(WeightUpdate):
-    """Its last rank ends, or stops, with half of an update done, where a file says so."""
-
-    def replace_weights(self, policy):
-        mark = Path(os.environ["MARK"])
-        if mark.exists() and self.rank == int(os.environ["LAST"]):
-            number = signal.Signals[mark.read_text()]
-            mark.unlink()
-            _poison(self.get_model())
-            os.kill(os.getpid(), number)
-        return super().replace_weights(policy)
-'''
-
-IN_TURN = (
-    SCRIPT.partition("def opened")[0]
-    + """
-import msgspec
-
-from contracts import resident
-from generation import run
-
-settings = EngineSettings((2,), 256, "float32", False, folder / "log")
-shape = json.loads(sys.argv[3])
-mark = Path(sys.argv[4])
-
-
-def held(path):
-    config = GenerationConfig(policy=path, prompts=path, output=folder / "out", k=2, max_new_tokens=20, **shape)
-    engine, start = run.get_engine(config, settings, path.name)
-    said = []
-    for i in range(5):
-        prompt = tuple(5 + (7 * i + j) % 30 for j in range(4 + 40 * i))
-        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=20)
-        said += engine.generate([GenerationRequest(prompt, 2, 10 * i, sampling)], "shard-00000.jsonl")
-    return engine, start, [msgspec.to_builtins(said), engine.read_back()]
-
-
-if __name__ == "__main__":
-    resident.allow()
-    vllm_engine.probe_of = probe
-    vllm_engine.EXTENSION = "mortal.Mortal"
-    one, two = checkpoint("one", 1, True), checkpoint("two", 2, True)
-    found = []
-    turns = [(one, ""), (two, ""), (one, ""), (two, "SIGKILL"), (two, ""), (one, "SIGSTOP")]
-    for path, word in turns[:int(sys.argv[5])]:
-        if word:
-            mark.write_text(word)
-            engine._update_timeout = 5.0
-        engine, start, said = held(path)
-        found.append([path.name, start, said, mark.exists()])
-    engine.close()
-    print(json.dumps(found))
-"""
-)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("shape", "last", "steps"),
-    [({"tensor_parallel": 2}, 1, 6), ({"servers": 1}, 0, 5)],
-    ids=["tensor parallel", "server"],
-)
+@pytest.mark.parametrize("shape", [{"tensor_parallel": 2}, {"servers": 1}], ids=["tensor parallel", "server"])
 def test_engines_of_several_processes_take_two_policies_in_turn(
-    shape: dict[str, int], last: int, steps: int, policy: Path, tmp_path: Path
+    shape: dict[str, int], policy: Path, tmp_path: Path
 ) -> None:
     """Where a worker dies or stops in the middle of an update, the engine is loaded anew; it then answers, and is read
     back, as one that was updated."""
     pytest.importorskip("vllm", reason="vLLM is in the generation environment only", exc_type=ImportError)
-    (tmp_path / "mortal.py").write_text(WORKERS)
-    script, mark = tmp_path / "script.py", tmp_path / "mark"
-    script.write_text(IN_TURN)
-    variables = {
-        "OMP_NUM_THREADS": "1", "MARK": str(mark), "LAST": str(last),
-        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
-    }  # fmt: skip
-    command = [sys.executable, script, policy, tmp_path, json.dumps(shape), mark, str(steps)]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    starts = ["loaded", "updated", "updated", "loaded", "kept", "loaded"][:steps]
-    assert [start for _, start, _, _ in found] == starts, done.stderr[-3000:]
+    turns = [("one", ""), ("two", ""), ("one", ""), ("two", "SIGKILL")]
+    starts = ["loaded", "updated", "updated", "loaded"]
+    last = 0
+    if "tensor_parallel" in shape:
+        turns += [("two", ""), ("one", "SIGSTOP")]
+        starts += ["kept", "loaded"]
+        last = 1
+    variables = {"MARK": str(tmp_path / "mark"), "LAST": str(last)}
+    found, err = updates("in_turn", policy, tmp_path, json.dumps(shape), json.dumps(turns), **variables)
+    assert [start for _, start, _, _ in found] == starts, err
     assert not any(unused for *_, unused in found)
+    if "servers" in shape:
+        assert found.pop()[2], "the dead server is not closed"
     said = {name: [each for other, _, each, _ in found if other == name] for name in ("one", "two")}
     assert said["one"][0] != said["two"][0]
     for name in ("one", "two"):
         assert said[name] == [said[name][0]] * len(said[name]), name
+
+
+def updates(function: str, policy: Path, folder: Path, *arguments: str, **variables: str) -> tuple[Any, str]:
+    """What a function of engine_updates.py has found, and the end of its stderr."""
+    done = run_stage_warm(
+        "generation", function, policy, folder, *arguments,
+        module="tests.generation.engine_updates", environment=variables, libraries=LIBRARIES, timeout=900.0,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr[-3000:]
 
 
 class Engine(UpdatableEngine):
