@@ -125,7 +125,7 @@ class _Server:
                 if child not in self.children:  # it was ended to make room for another one
                     continue
                 if child.client is not None:
-                    if child.client in ready and not child.client.recv(1):  # the client is gone
+                    if child.client in ready and _is_closed(child.client):  # the client is gone
                         _kill(child.pid)
                     if child.channel in ready and _is_waiting(child.channel):
                         self.park(child)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pipelines_cluster import wait_for
 from pipelines_smallest import FinishedRun, pipeline
@@ -20,7 +22,7 @@ from contracts.artifacts import Artifact
 from contracts.forks import KILLED, WARM_SOCKET, ForkedProcess, fork
 from contracts.manifest import MANIFEST
 from contracts.versions import source_version
-from contracts.warm import MOST_WAITING
+from contracts.warm import MOST_WAITING, ForkRequest
 from pipelines.config.load import load_run_config
 from pipelines.execution.executors import local
 from pipelines.execution.executors.base import Site
@@ -307,6 +309,19 @@ def test_what_was_forked_ends_with_who_asked_for_it(warm: Warm) -> None:
     stage = warm.started("hang")
     stage._connection.close()
     assert is_gone(stage.pid)
+
+
+def test_a_client_that_ends_before_it_has_read_the_answer_ends_its_fork_alone(warm: Warm) -> None:
+    other = warm.started("hang")
+    wait_for(lambda: "hangs" in warm.log.read_text())
+    request = ForkRequest(["-m", "toy", "hang"], warm.environment, str(warm.folder / "code"), source_version("toy"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, warm.log.open("wb") as log:
+        connection.connect(str(warm.path))
+        socket.send_fds(connection, [msgspec.json.encode(request) + b"\n"], [log.fileno()] * 2)
+        wait_for(lambda: warm.log.read_text().endswith("\n"))
+    assert is_gone(int(warm.log.read_text().split()[-1]))
+    assert other.poll() is None
+    assert wait(warm.started("say", "0")) == 0
 
 
 def test_a_killed_process_takes_its_forks_along_and_costs_nothing_but_time(warm: Warm) -> None:
