@@ -27,7 +27,6 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
-from warm_jobs import warm_command
 
 from annotation.gating.config import GateConfig
 from annotation.gating.stage import decision_of
@@ -59,6 +58,8 @@ def write_interpreter(folder: Path, **acts: list[str]) -> Path:
     Args:
         acts: the acts of each stage, with "__" for "/" and "_" for "-" in its name.
     """
+    from warm_jobs import warm_command  # not above: a fake stage in a process of its own does not find it
+
     folder.mkdir()
     named = {stage.replace("__", "/").replace("_", "-"): wanted for stage, wanted in acts.items()}
     (folder / ACTS).write_text(json.dumps(named))
