@@ -21,9 +21,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from contracts.config import Section
+from contracts.declaration import stages_of
 from contracts.processes import die_with_parent
 
 MODULES = ("pretend", "pipelines.job", "pipelines.execution.executors.slurm.detached", "submitit.core.submission")
@@ -205,12 +208,21 @@ def end_fork(fork: Fork, forks: set[Fork], selector: selectors.BaseSelector) -> 
     forks.remove(fork)
 
 
+def sections(base: type[Section] = Section) -> Iterator[type[Section]]:
+    """All imported classes of configs."""
+    for section in base.__subclasses__():
+        yield section
+        yield from sections(section)
+
+
 if __name__ == "__main__":
     gc.disable()
     for name in MODULES:
         importlib.import_module(name)
     for name in PACKAGES:
-        importlib.import_module("contracts.declaration").stages_of(name)
+        stages_of(name)
+    for each in sections():
+        each.model_rebuild()  # builds its validator, which a process does otherwise when it first needs it
     gc.freeze()
     gc.enable()
     serve(sys.argv[1]).run()
