@@ -6,6 +6,7 @@ the client is killed, so is the fork. Where PYTHONPATH differs from that of the 
 client executes the command itself.
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -225,4 +226,15 @@ if __name__ == "__main__":
         each.model_rebuild()  # builds its validator, which a process does otherwise when it first needs it
     gc.freeze()
     gc.enable()
-    serve(sys.argv[1]).run()
+    try:
+        serve(sys.argv[1]).run()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    else:
+        code = 0
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # Python's own end would touch, and so copy, most of the memory that the forks share
