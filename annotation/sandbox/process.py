@@ -83,6 +83,7 @@ def run(code: str, limits: Limits, tests: Sequence[str] = (), stdin: str = "") -
 
 
 def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> ProgramResult:
+    others = set(_children())
     read, write = os.pipe()
     started = time.monotonic()
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
@@ -105,7 +106,7 @@ def _run(task: bytes, folder: str, nonce: str, limits: Limits) -> ProgramResult:
             process.stdin.close()
         whole = _listen(process, output, started + limits.seconds)
     finally:
-        _end(process)
+        _end(process, others)
         os.close(read)
     out, errors, reports = (bytes(text).decode(errors="replace") for text in output.values())
     for stream in (process.stdout, process.stderr):
@@ -151,14 +152,18 @@ def _listen(process: "subprocess.Popen[bytes]", output: dict[int, bytearray], de
     return False
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", others: set[int]) -> None:
     """Kill its process group. In its own PID namespace this ends all descendants. Without one, descendants that left
-    the group become children of this process when their parents die (`adopt_orphans`), and are killed here."""
+    the group become children of this process when their parents die (`adopt_orphans`), and are killed here.
+
+    Args:
+        others: children that this process had before, which are left alone.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 5
-    while orphans := _children():
+    while orphans := [child for child in _children() if child not in others]:
         for orphan in orphans:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(orphan, signal.SIGKILL)

@@ -55,6 +55,12 @@ def test_assertions() -> None:
     assert says("def add(a, b:", "assert add(1, 2) == 3")["ended"].startswith("exit code 1: SyntaxError")
 
 
+def test_other_children_of_the_process_are_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert run("print(1)", Limits(5, 512 << 20, 6, namespaces=False)).stdout == "1\n"
+        assert other.poll() is None
+
+
 @FULL
 def test_inputs_and_outputs() -> None:
     answer = '{"inputs": ["1 2\\n", "3 4"], "outputs": ["3", "7\\n"]}'

@@ -245,12 +245,15 @@ def _disable_compiled_collective() -> None:
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer, which every ZeRO training imports, without loading torch's compiler for it.
 
-    Loading the compiler takes each process two seconds; no training here uses Muon.
+    Loading the compiler takes each process two seconds; no training here uses Muon. Versions of DeepSpeed that have it
+    elsewhere import it on their own.
     """
     from deepspeed.runtime import compiler
 
-    original, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    original = compiler.compile
+    compiler.compile = lambda *given, **options: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = original
