@@ -65,6 +65,22 @@ def test_a_chain_without_a_driver_survives_what_a_cluster_does_to_it(
         assert re.search(rf"iteration-001/heldout/generation: job \d+_\d on {node}: its node failed", text)
 
 
+def test_a_driver_on_a_cluster_makes_what_one_on_a_laptop_makes(cluster: Cluster, finished_run: FinishedRun) -> None:
+    """It is killed while a generation runs; the next one takes up the jobs that go on."""
+    executor = {"kind": "slurm", "stages": {"generation": {"tasks": 2}, "scoring": {"tasks": 1}}}
+    run = fork_of(finished_run, cluster, "driven", from_iteration=2, executor=executor)
+    driver = run.start("--iters", "1", "--force", "iteration-001/heldout")
+    tasks = {id for id, _ in run.wait_for_tasks("iteration-001/heldout/generation")}
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert tasks & cluster.jobs()
+    result = run.pipeline("run", str(run.config), "--iters", "1")
+    assert result.returncode == 0, result.stderr
+    assert run.digests() == digests(finished_run.path, last=1)
+    assert all(attempt.name == "attempt-1" for attempt in (run.path / "logs").rglob("attempt-*")), "nothing twice"
+    run.wait_for(run.is_over, 200, "its last job, whose process has said that it is done, leaves the queue")
+
+
 def test_two_nodes_with_two_processes_each_give_the_losses_of_one(cluster: Cluster, finished_run: FinishedRun) -> None:
     """Only the training runs on the cluster."""
     executor = {"warm": False, "stages": {TRAINING: {"kind": "slurm", "nodes": 2}}}
