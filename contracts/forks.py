@@ -34,9 +34,9 @@ MAX_BYTES = 60
 class ForkedProcess:
     """A forked process, with the part of the interface of `subprocess.Popen` that is needed."""
 
-    def __init__(self, connection: socket.socket, pid: int, more: bytes) -> None:
+    def __init__(self, connection: socket.socket, pid: int, received: bytes) -> None:
         self._connection = connection
-        self._received = more
+        self._received = received
         self.pid = pid
         self.returncode: int | None = None
         self.waits = False
@@ -96,14 +96,14 @@ def start_warm(
         log: receives its own output; None: this process's output does.
         libraries: what its stages need.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
-        door.bind(str(path))
-        door.listen()
-        command = [python, "-P", "-m", "contracts.warm", package, str(door.fileno()), *libraries]
-        return start_leader(command, environment, log, directory, [door.fileno()])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command = [python, "-P", "-m", "contracts.warm", package, str(listener.fileno()), *libraries]
+        return start_leader(command, environment, log, directory, [listener.fileno()])
 
 
-def start_again(
+def start_or_fork(
     path: Path | None, command: Sequence[str], environment: Mapping[str, str], *, patience: float = 0.0, label: str = ""
 ) -> Process:
     """Start a command of a package as this process's own child: in its directory, with its output, on its cores.
@@ -166,8 +166,8 @@ def fork(
         connection.close()  # this also ends a fork that it may have made nevertheless
         return None
     connection.setblocking(False)
-    pid, _, more = answer.partition(b"\n")
-    return ForkedProcess(connection, int(pid), more)
+    pid, _, received = answer.partition(b"\n")
+    return ForkedProcess(connection, int(pid), received)
 
 
 def _some(connection: socket.socket) -> bytes:

@@ -23,7 +23,7 @@ from contracts.attempt import ROLE
 from contracts.errors import TransientError, UserError
 from contracts.files import process_name, write_atomically
 from contracts.following import Source
-from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, start_again, stays
+from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, start_or_fork, stays
 from contracts.locks import take_lock, try_lock
 from contracts.manifest import MANIFEST
 from contracts.processes import end_groups
@@ -238,7 +238,7 @@ def _start_replica(environment: dict[str, str], index: int) -> Process:
     """
     warm_socket, label = os.environ.get(WARM_SOCKET), os.environ.get(WARM_LABEL)
     path = Path(warm_socket) if warm_socket and "-m" in sys.orig_argv else None
-    return start_again(path, sys.orig_argv, environment, label=f"{label}{REPLICA}{index}" if label else "")
+    return start_or_fork(path, sys.orig_argv, environment, label=f"{label}{REPLICA}{index}" if label else "")
 
 
 def _wait_for_rank_0(context: Context) -> None:

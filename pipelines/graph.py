@@ -215,6 +215,14 @@ class Graph:
             found = self._cache[key] = compute()
         return found  # type: ignore[no-any-return]
 
+    def depending_on(self, name: str) -> set[str]:
+        """A node and those that depend on it, directly or indirectly."""
+        found = {name}
+        for node in self.nodes.values():  # in which a node comes after those that it needs
+            if found.intersection(node.needs):
+                found.add(node.name)
+        return found
+
     def by_urgency(self) -> list[Node]:
         """The nodes, those with the longest chain of dependents first: training before evaluation."""
         chain = dict.fromkeys(self.nodes, 0)

@@ -28,7 +28,7 @@ from contracts.attempt import report_failure
 from contracts.config import read_yaml
 from contracts.errors import UserError
 from contracts.files import write_atomically
-from contracts.forks import IMPORT_SECONDS, KILLED, WARM_SOCKET, Process, socket_folder, start_again, start_warm
+from contracts.forks import IMPORT_SECONDS, KILLED, WARM_SOCKET, Process, socket_folder, start_or_fork, start_warm
 from contracts.processes import end_groups, name_process, wait_for_end
 from training.config import TrainingConfig
 from training.nodes import Nodes, Rendezvous
@@ -36,7 +36,7 @@ from training.parallel import ParallelConfig, check_layout
 
 POLL_SECONDS = 0.1
 THREADS = "OMP_NUM_THREADS"
-MEETING = "RATCHET_RENDEZVOUS"
+RENDEZVOUS_FILE = "RATCHET_RENDEZVOUS"
 """Environment variable of the ranks of a single node: the file to which rank 0 writes the port of its store."""
 
 _stores: list[Any] = []
@@ -54,7 +54,7 @@ def launch(config: TrainingConfig) -> bool:
     """
     if "RANK" in os.environ:
         return False
-    refuse_lone_process()
+    refuse_single_process()
     parallel = config.parallel
     check_layout(parallel, config.model)
     if parallel.processes == 1 and not parallel.deepspeed_stage:
@@ -66,8 +66,8 @@ def launch(config: TrainingConfig) -> bool:
         command = [sys.executable, "-m", "training", config.stage, "--config", str(file)]
         with _warm_socket(config) as (socket, variables):
             if parallel.nodes == 1:
-                meeting = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
-                code = exit_code(_run_ranks(parallel, command, socket, variables | meeting, 0))
+                rendezvous = {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS_FILE: str(folder / "port")}
+                code = exit_code(_run_ranks(parallel, command, socket, variables | rendezvous, 0))
             else:
                 code = _run_node(config, command, socket, variables)
     if code:
@@ -86,9 +86,9 @@ def _run_node(config: TrainingConfig, command: Sequence[str], socket: Path, vari
     rendezvous = Rendezvous.read(parallel)
     nodes = Nodes(rendezvous, parallel.nodes, f"{config.stage} {config.output}, parallel {parallel}")
     nodes.join()
-    meeting = {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
+    variables = {**variables, "MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
     with stopping.deferred():  # a stopped node ends together with the others
-        codes = _run_ranks(parallel, command, socket, {**variables, **meeting}, rendezvous.node, nodes)
+        codes = _run_ranks(parallel, command, socket, variables, rendezvous.node, nodes)
         return exit_code(nodes.finish(codes), nodes.stop)
 
 
@@ -102,8 +102,8 @@ def _warm_socket(config: TrainingConfig) -> Iterator[tuple[Path, dict[str, str]]
     if given := variables.get(WARM_SOCKET):
         yield Path(given), variables
         return
-    here = config.parallel.processes // config.parallel.nodes
-    variables.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // here)))
+    per_node = config.parallel.processes // config.parallel.nodes
+    variables.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // per_node)))
     folder = socket_folder()
     path = folder / "training"
     libraries = ["deepspeed"] if config.parallel.deepspeed_stage else []
@@ -134,12 +134,12 @@ def _run_ranks(
         node: this node's rank.
         nodes: all nodes, if there are several; the failure of another one ends these ranks too.
     """
-    here = parallel.processes // parallel.nodes
+    per_node = parallel.processes // parallel.nodes
     ranks: list[Process] = []
     try:
-        for local in range(here):
+        for local in range(per_node):
             own = rank_variables(parallel, node, local)
-            ranks.append(start_again(socket, command, {**variables, **own}, patience=IMPORT_SECONDS))
+            ranks.append(start_or_fork(socket, command, {**variables, **own}, patience=IMPORT_SECONDS))
         while not any(codes := [rank.poll() for rank in ranks]) and None in codes:
             if nodes is not None and (number := stopping.requested()):
                 stopping.ignore()
@@ -153,7 +153,7 @@ def _run_ranks(
             end_groups(ranks, stopping.grace_seconds() + 2)
     for local, code in enumerate(codes):
         if code is not None and code < 0 and -code != signal.SIGTERM:
-            text = f"process {node * here + local} of the training was killed by signal {-code}"
+            text = f"process {node * per_node + local} of the training was killed by signal {-code}"
             print(text, file=sys.stderr)
             report_failure("transient", text)
     return {code if code >= 0 else 128 - code for code in (_final_code(rank) for rank in ranks)}
@@ -172,12 +172,12 @@ def rank_variables(parallel: ParallelConfig, node: int, local: int) -> dict[str,
         node: the rank of its node.
         local: its rank on this node.
     """
-    here = parallel.processes // parallel.nodes
+    per_node = parallel.processes // parallel.nodes
     return {
-        "RANK": str(node * here + local),
+        "RANK": str(node * per_node + local),
         "WORLD_SIZE": str(parallel.processes),
         "LOCAL_RANK": str(local),
-        "LOCAL_WORLD_SIZE": str(here),
+        "LOCAL_WORLD_SIZE": str(per_node),
         "GROUP_RANK": str(node),
         "GROUP_WORLD_SIZE": str(parallel.nodes),
         "TORCHELASTIC_RUN_ID": "ratchet",
@@ -187,16 +187,16 @@ def rank_variables(parallel: ParallelConfig, node: int, local: int) -> dict[str,
 
 
 def join_ranks() -> None:
-    """In a rank, name the process, and agree with the other ranks of a single node on the store by which they meet.
+    """In a rank, name the process; and on a single node, agree on the store by which the ranks find each other.
 
     Rank 0 serves it at a port that the system chooses, so no other program can have taken it.
     """
     rank = os.environ.get("RANK")
     if rank is not None:
         name_process(f"rank {rank}")
-    if MEETING not in os.environ:
+    if RENDEZVOUS_FILE not in os.environ:
         return
-    file = Path(os.environ.pop(MEETING))
+    file = Path(os.environ.pop(RENDEZVOUS_FILE))
     if rank == "0":
         from torch.distributed import TCPStore
 
@@ -207,7 +207,7 @@ def join_ranks() -> None:
     os.environ["MASTER_PORT"] = file.read_text(encoding="utf-8")
 
 
-def refuse_lone_process() -> None:
+def refuse_single_process() -> None:
     """Check that `accelerate launch` did not start a single process instead of several, as it does on CPUs.
 
     Raises:

@@ -450,6 +450,11 @@ def test_libraries_are_imported_one_stage_ahead(smallest: Path, monkeypatch: pyt
             node.output.mkdir(parents=True)
             (node.output / MANIFEST).touch()
     assert begun_by("iteration-002/training") == ["training"]
+    for node in graph.nodes.values():  # by an earlier command with other settings
+        node.output.mkdir(parents=True, exist_ok=True)
+        (node.output / MANIFEST).touch()
+    assert begun_by("setup/sft") == ["training", "generation", "annotation"]
+    assert begun_by("iteration-002/training") == []
 
 
 @pytest.mark.timeout(900)

@@ -19,7 +19,7 @@ from modeling.loading import load_causal
 from modeling.modules import TokenLogprobs
 from training.engines.native import NativeEngine
 from training.engines.sharding import local_tensor
-from training.launch import MEETING, exit_without_teardown, join_ranks, rank_variables
+from training.launch import RENDEZVOUS_FILE, exit_without_teardown, join_ranks, rank_variables
 from training.parallel import ParallelConfig
 from training.slices import WeightSlices
 
@@ -53,7 +53,7 @@ def compare(folder: Path, model: Path, layouts: list[str]) -> None:
 
 
 def work(rank: int, folder: Path, model: Path, layouts: list[str]) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
+    meeting = {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS_FILE: str(folder / "port")}
     os.environ.update(rank_variables(ParallelConfig(dp=2), 0, rank) | meeting)
     with exit_without_teardown():
         try:

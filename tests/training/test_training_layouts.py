@@ -19,7 +19,7 @@ from warm_stages import start_stage
 
 from contracts.artifacts import Artifact
 from contracts.errors import UserError
-from training.launch import MEETING, rank_variables
+from training.launch import RENDEZVOUS_FILE, rank_variables
 from training.parallel import ParallelConfig, check_layout
 
 SMALL = {"micro_batch_tokens": 48}
@@ -106,7 +106,7 @@ def changes_of(layout: str) -> dict[str, Any]:
 def run_ranks(folder: Path, processes: int, trainings: list[dict[str, Any]]) -> None:
     """Run trainings one after another in as many processes."""
     (folder / "trainings.json").write_text(json.dumps(trainings, default=str))
-    common = {"MASTER_ADDR": "127.0.0.1", MEETING: str(folder / "port")}
+    common = {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS_FILE: str(folder / "port")}
     ranks = [
         start_stage(
             "training", folder / "trainings.json",

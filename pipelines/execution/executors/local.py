@@ -90,7 +90,8 @@ class LocalExecutor(Executor):
                     self._heavy.setdefault((node.environment, _exclusive_placement(node)), []).append(node)
         for place, nodes in list(self._heavy.items()):
             if any(started.name in (node.name, *node.needs) for node in nodes):
-                left = [node for node in nodes if not (node.output / MANIFEST).is_file()]
+                again = self.graph.depending_on(started.name)  # made before, but from what is being made anew
+                left = [node for node in nodes if node.name in again or not (node.output / MANIFEST).is_file()]
                 if len(left) >= MIN_WARM_STAGES:
                     where = (self.run.path, self.run.path, self.config, self._threads)
                     request = stage_request(left[0], *where, here=True)
