@@ -140,11 +140,12 @@ def open_closed_streams() -> None:
 
     Otherwise the next file that is opened would get the descriptor of a closed one, and prints would go into it.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):  # all of them before any other file is opened, which would get a closed one's number
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 

@@ -7,10 +7,11 @@ export PYTHONPATH=$root PYTHONSAFEPATH=1 PYTHONUTF8=1
 unset PYTHONHOME PYTHONOPTIMIZE
 
 run_stage() { # run_stage ENVIRONMENT PACKAGE ARGUMENTS ...
-  local environment=$1 package=$2
+  local environment=$1 package=$2 python=${PYTHON:-}
   shift 2
   if [ "$environment" = annotation ] && ! env | grep -qE '^(MALLOC|GLIBC)_'; then # as pipelines/environments/launch.py does
     export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
   fi
-  exec "${PYTHON:-$("$root/.venv/bin/pipeline" env python "$environment")}" -m "$package" "$@"
+  [ -n "$python" ] || python=$("$root/.venv/bin/pipeline" env python "$environment") || exit
+  exec "$python" -m "$package" "$@"
 }

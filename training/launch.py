@@ -35,6 +35,8 @@ from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
 
 POLL_SECONDS = 0.1
+STOP_CODES = {128 + number for number in (*stopping.SIGNALS, *stopping.TERMINAL)}
+"""Exit codes of ranks that were asked to stop."""
 THREADS = "OMP_NUM_THREADS"
 RENDEZVOUS_FILE = "RATCHET_RENDEZVOUS"
 """Environment variable of the ranks of a single node: the file to which rank 0 writes the port of its store."""
@@ -152,10 +154,13 @@ def _run_ranks(
         with stopping.deferred():  # a second stop request does not end the wait for the ranks
             end_groups(ranks, stopping.grace_seconds() + 2)
     for local, code in enumerate(codes):
+        name = f"process {node * per_node + local} of the training"
         if code is not None and code < 0 and -code != signal.SIGTERM:
-            text = f"process {node * per_node + local} of the training was killed by signal {-code}"
+            text = f"{name} was killed by signal {-code}"
             print(text, file=sys.stderr)
             report_failure("transient", text)
+        elif code and code > 0 and code != UserError.exit_code and code not in STOP_CODES:
+            print(f"{name} ended with exit code {code}, before the others", file=sys.stderr)
     return {code if code >= 0 else 128 - code for code in (_final_code(rank) for rank in ranks)}
 
 
@@ -286,4 +291,4 @@ def exit_code(codes: set[int], stop: int = 0) -> int:
     if stop:
         return 128 + stop
     # A rank that learned of the stop from another one exits as if by SIGTERM, which has the highest number.
-    return min(bad) if bad <= {128 + number for number in stopping.SIGNALS} else 1
+    return min(bad) if bad <= STOP_CODES else 1

@@ -222,6 +222,16 @@ def test_a_signal_while_it_starts(program: str, number: signal.Signals, delay: f
     assert process.returncode in ((128 + number, 0) if number == signal.SIGINT else (128 + number, -number, 0)), said
 
 
+def test_child_processes_inherit_streams_where_some_are_closed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from contracts.entrypoint import open_closed_streams; open_closed_streams(); "
+        "open(sys.argv[1], 'w').write(str([os.get_inheritable(number) for number in range(3)]))"
+    )
+    result = run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code, str(tmp_path / "said")])
+    assert result.returncode == 0
+    assert (tmp_path / "said").read_text() == "[True, True, True]"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed(closed: str, place: Path) -> None:

@@ -441,6 +441,7 @@ def test_a_node_that_never_comes(models: dict[str, Path], pairs: dict[str, Path]
         ({0, 2, 143}, signal.SIGTERM, 2),
         ({0, 1, 140}, signal.SIGUSR2, 140),
         ({140, 143}, 0, 140),
+        ({129, 143}, 0, 129),
         ({137, 143}, 0, 1),
         ({0, 1}, 0, 1),
     ],

@@ -269,6 +269,32 @@ def test_a_failing_rank_leaves_its_failure_for_the_supervisor(
     assert {failure["kind"] for failure in others} <= {"user", "stopped"}  # the launcher may be faster than the rank
 
 
+LEAVES = """
+import os
+import sys
+
+from training.algorithm import Metrics, Pairs
+from training.algorithms import dpo
+
+READS = "pairs"
+NEEDS = ("reference",)
+
+
+def loss(batch: Pairs, *, beta: float = 0.1) -> Metrics:
+    return sys.exit(3) if os.environ["RANK"] == "1" else dpo.loss(batch, beta=beta)
+"""
+
+
+def test_a_rank_that_leaves_is_named(models: dict[str, Path], pairs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    arguments = ["policy", f"model={models['tied']}", f"pairs=[{pairs['pairs']}]", f"reference=[{pairs['reference']}]"]
+    result = run_cli(
+        *arguments, f"output={tmp_path / 'out'}", "parallel.dp=2", f"algorithm={tmp_path / 'leaves.py'}", check=False
+    )
+    assert result.returncode == 1
+    assert "process 1 of the training ended with exit code 3" in result.stderr
+
+
 def test_the_script_runs_the_stage(models: dict[str, Path], tmp_path: Path) -> None:
     import subprocess
     import sys
