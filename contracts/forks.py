@@ -14,7 +14,7 @@ from typing import IO, TypeAlias
 
 import msgspec
 
-from contracts.processes import start_leader
+from contracts.processes import pin_to_cores, start_leader
 from contracts.versions import source_version
 from contracts.warm import READY, REFUSED, WAITS, ForkRequest
 
@@ -121,9 +121,8 @@ def start_or_fork(
         with os.fdopen(os.dup(1), "wb") as output, os.fdopen(os.dup(2), "wb") as errors:
             forked = fork(path, argv, environment, os.getcwd(), source, output, patience, label, errors=errors)
         if forked is not None:
-            if hasattr(os, "sched_setaffinity"):
-                with contextlib.suppress(ProcessLookupError):  # it has ended already
-                    os.sched_setaffinity(forked.pid, os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity"):
+                pin_to_cores(forked.pid, os.sched_getaffinity(0))
             return forked
     return subprocess.Popen(argv, env=dict(environment), start_new_session=True)
 

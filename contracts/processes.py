@@ -146,6 +146,12 @@ def wait_for_end(pids: Iterable[int], seconds: float) -> None:
             os.close(descriptor)
 
 
+def pin_to_cores(pid: int, cores: Iterable[int]) -> None:
+    """Restrict a process, and processes that it starts from now on, to these cores."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        os.sched_setaffinity(pid, cores)
+
+
 def start_time(pid: int) -> str:
     """The start time of a process, which makes its id unique on the machine; "gone" if the process has ended."""
     try:

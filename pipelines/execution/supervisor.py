@@ -16,14 +16,13 @@ Files of an attempt (logs/<stage>/attempt-<n>/):
 On a cluster several supervisors work on an attempt, each with its own folder (task-<i>, publisher) for the last five.
 """
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +35,15 @@ from contracts.files import write_atomically
 from contracts.following import FOLLOW, Producer, announcement
 from contracts.forks import WARM_LABEL, WARM_SOCKET, Process, fork, stays
 from contracts.limits import limit_message_for_signal
-from contracts.processes import end_groups, kill, kill_with_variable, pids_with_variable, start_time, wait_for_end
+from contracts.processes import (
+    end_groups,
+    kill,
+    kill_with_variable,
+    pids_with_variable,
+    pin_to_cores,
+    start_time,
+    wait_for_end,
+)
 from contracts.stopping import DEFAULT_GRACE, GRACE
 
 RUN = "RATCHET_RUN"
@@ -197,12 +204,6 @@ def _start(request: AttemptRequest, environment: Mapping[str, str], log: IO[byte
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{request.argv[0]} cannot be started: {error.strerror}. Does it still exist?") from error
-
-
-def pin_to_cores(pid: int, cores: Iterable[int]) -> None:
-    """Restrict a process, and processes that it starts from now on, to these cores."""
-    with contextlib.suppress(ProcessLookupError):  # it has ended already
-        os.sched_setaffinity(pid, cores)
 
 
 class Watch:
