@@ -106,9 +106,9 @@ def start_warm(
 def start_or_fork(
     path: Path | None, command: Sequence[str], environment: Mapping[str, str], *, patience: float = 0.0, label: str = ""
 ) -> Process:
-    """Start a command of a package as this process's own child: in its directory, with its output, on its cores.
+    """Fork a command of a package, or start it: in this process's directory, with its output, on its cores.
 
-    It leads its own process group.
+    The new process leads its own process group.
 
     Args:
         path: the socket of a warm process, from which it is forked if possible.

@@ -26,10 +26,11 @@ from typing import Any
 from contracts import stopping
 from contracts.attempt import report_failure
 from contracts.config import read_yaml
+from contracts.declaration import stages_of
 from contracts.errors import UserError
 from contracts.files import write_atomically
 from contracts.forks import IMPORT_SECONDS, KILLED, WARM_SOCKET, Process, socket_folder, start_or_fork, start_warm
-from contracts.processes import end_groups, name_process, wait_for_end
+from contracts.processes import die_with_parent, end_groups, name_process, wait_for_end
 from training.config import TrainingConfig
 from training.nodes import Nodes, Rendezvous
 from training.parallel import ParallelConfig, check_layout
@@ -108,7 +109,7 @@ def _warm_socket(config: TrainingConfig) -> Iterator[tuple[Path, dict[str, str]]
     variables.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // per_node)))
     folder = socket_folder()
     path = folder / "training"
-    libraries = ["deepspeed"] if config.parallel.deepspeed_stage else []
+    libraries = stages_of("training")[config.stage].libraries(config)
     process = start_warm(path, "training", sys.executable, variables, libraries=libraries)
     try:
         yield path, variables
@@ -201,6 +202,7 @@ def join_ranks() -> None:
         name_process(f"rank {rank}")
     if RENDEZVOUS_FILE not in os.environ:
         return
+    die_with_parent()  # which would otherwise be waited for in vain
     file = Path(os.environ.pop(RENDEZVOUS_FILE))
     if rank == "0":
         from torch.distributed import TCPStore

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from warm_stages import WarmStage
+
 from contracts.forks import fork
-from contracts.processes import wait_for_end
 from contracts.versions import source_version
 from pipelines.environments.launch import EnvironmentConfig, ask, launch_command, stage_environment
 from pipelines.environments.locked import interpreter
@@ -51,9 +52,7 @@ def ask_warm(environment: EnvironmentConfig, name: str, argv: list[str], what: s
         place = (stage_environment(variables), os.getcwd(), source_version(PACKAGE), out, IMPORT_SECONDS)
         process = fork(socket_of_asked(), command, *place, errors=err)
         assert process is not None, f"{name} cannot be asked in a fork"
-        while process.poll() is None:
-            wait_for_end([process.pid], 0.2)
-        for file in (out, err):
-            file.seek(0)
-        assert process.returncode == 0, err.read().decode(errors="replace")
-        return out.read().strip().splitlines()[-1]
+        stage = WarmStage(process, out, err)
+        said, errors = stage.communicate()
+        assert stage.returncode == 0, errors
+        return said.strip().splitlines()[-1].encode()
